@@ -1,0 +1,361 @@
+"""What a feature is, and what it is given: the one page that a plugin author reads.
+
+A *feature* is something that a migration can use where both ends have it:
+several channels, postcopy, a codec over every channel.  It is an object that
+provides :class:`IFeature`; :class:`Feature` has an answer for every member, so
+that a plugin writes down only what is special about it.  It is found by the
+entry-point group ``qmigd.features`` or by a drop-in module in
+``twisted/plugins``, and its life in one migration has these moments::
+
+    source daemon                              destination daemon
+    -------------                              ------------------
+                                               probe_host()      -> offered in the greeting
+    probe_host(), probe_guest()  -> selected
+    propose()     ---- FEATURE message ---->   probe_guest()
+                                               answer()
+    accept()      <--- FEATURE message -----
+    settings(), channels(), codec()            settings(), channels(), codec()
+
+What :meth:`IFeature.answer` returns is the *agreement*: after
+:meth:`IFeature.accept` has seen it, both sides hand the same mapping to
+``settings``, ``channels`` and ``codec``.  Whoever has to give the feature up in
+between raises :class:`Withdraw` with the reason; the migration goes on without.
+
+A feature does no I/O of its own, keeps no state between migrations, and never
+reaches into the daemon.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal, Protocol
+
+from zope.interface import Attribute, Interface, implementer
+
+__all__ = [
+    "DIRECT",
+    "HANDOVER",
+    "PATHS",
+    "RELAY",
+    "Answer",
+    "Channels",
+    "Feature",
+    "Guest",
+    "GuestFacts",
+    "Host",
+    "ICodec",
+    "IFeature",
+    "No",
+    "Rank",
+    "Role",
+    "Settings",
+    "Tunable",
+    "Withdraw",
+    "Yes",
+]
+
+Role = Literal["source", "destination"]
+
+#: The paths that stream bytes can take from QEMU to QEMU (docs/paths).
+DIRECT = "direct"
+HANDOVER = "handover"
+RELAY = "relay"
+PATHS = (HANDOVER, DIRECT, RELAY)
+
+
+@dataclass(frozen=True)
+class Yes:
+    """The feature can be had."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class No:
+    """The feature cannot be had, because ``reason`` (half a sentence, for people)."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+Answer = Yes | No
+
+
+class Withdraw(Exception):
+    """Raised in ``propose`` or ``answer``: this migration goes on without the feature.
+
+    Its one argument is the reason, half a sentence for people.
+    """
+
+
+class Rank(IntEnum):
+    """What a feature gains.  Where two exclude each other, the higher one is taken."""
+
+    SPEED = 1
+    CERTAINTY = 2
+    SECURITY = 3
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a feature may know of the host that its daemon runs on."""
+
+    #: CPUs that this process may use.
+    cpus: int
+
+
+@dataclass(frozen=True)
+class GuestFacts:
+    """What a feature may know of the guest on its own side."""
+
+    name: str
+    #: Which kind of guest: ``"qemu"``.
+    backend: str
+    #: The QEMU's version, ``(10, 0, 2)``.
+    version: tuple[int, int, int]
+    #: The machine type with its version, ``"pc-i440fx-7.2"``.
+    machine: str
+    #: The migration capabilities that this QEMU knows, by QEMU's names, and whether
+    #: each is on at present.
+    capabilities: Mapping[str, bool]
+    #: The migration parameters that this QEMU knows, with their present values.
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Migration capabilities and parameters of a QEMU, by QEMU's own names."""
+
+    capabilities: Mapping[str, bool] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __or__(self, other: Settings) -> Settings:
+        """Both; where both have a name, the other's value."""
+        return Settings(
+            {**self.capabilities, **other.capabilities},
+            {**self.parameters, **other.parameters},
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.capabilities or self.parameters)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Payload channels that a feature adds to ``main``: ``count`` of the same ``name``."""
+
+    name: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A migration parameter as the guest's QEMU describes it."""
+
+    name: str
+    #: QAPI's word for the type: ``"int"``, ``"bool"``, ``"str"``, or the name of an enum.
+    type: str
+    #: The values of an enum; empty for any other type.
+    values: tuple[str, ...] = ()
+    value: Any = None
+    deprecated: bool = False
+    unstable: bool = False
+
+
+class ICodec(Interface):
+    """Turns the bytes of one direction of one payload channel into others, and back.
+
+    One object serves one direction of one channel, on one side.  It is called
+    outside the reactor's thread.
+    """
+
+    def encode(data: memoryview) -> bytes:
+        """Turn stream bytes into wire bytes.
+
+        Nothing may be held back: what went in must come out at the peer's
+        ``decode`` without a further call, or the guests would wait for each other.
+        """
+
+    def finish() -> bytes:
+        """Return what the wire still needs after the stream's last byte."""
+
+    def decode(data: memoryview) -> bytes:
+        """Turn wire bytes, cut anywhere, into stream bytes.
+
+        :raises ValueError: the bytes are not of this codec; the migration ends.
+        """
+
+
+class IFeature(Interface):
+    """One negotiable feature."""
+
+    name = Attribute(
+        """The name in the handshake, ``str``: QEMU's capability name where there is
+        one, else a short new one; third parties use QAPI's downstream form,
+        ``__org.example_thing``.""",
+    )
+    summary = Attribute("What it does, ``str``: half a sentence for people.")
+    requires = Attribute("Features that it cannot do without, ``frozenset[str]``.")
+    excludes = Attribute("Features that it cannot be combined with, ``frozenset[str]``.")
+    paths = Attribute("The paths that can carry it, ``frozenset[str]`` out of ``PATHS``.")
+    rank = Attribute("What it gains, a :class:`Rank`.")
+    abilities = Attribute(
+        """What the daemon's commands can do thanks to it, ``frozenset[str]``.  The one
+        ability that the daemon asks for is ``"postcopy"``.""",
+    )
+    tunables = Attribute(
+        """Parameters that both sides must set alike, ``frozenset[str]``: a user's
+        value for one goes to ``propose`` and not straight to QEMU.""",
+    )
+
+    def probe_host(host: Host) -> Answer:
+        """Say whether this host can do it; :class:`No` with the reason if not."""
+
+    def probe_guest(guest: GuestFacts, role: Role) -> Answer:
+        """Say whether this guest and its QEMU can do it in this role."""
+
+    def propose(guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the source's parameters for the FEATURE message, a JSON object.
+
+        :param tunables: the user's values for the names in ``self.tunables``.
+        :raises Withdraw: the migration should go on without this feature.
+        """
+
+    def answer(guest: GuestFacts, host: Host, proposal: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the agreement: the destination's reply to the source's parameters.
+
+        :raises Withdraw: the migration should go on without this feature.
+        :raises ValueError: the proposal makes no sense; the migration ends.
+        """
+
+    def accept(proposal: Mapping[str, Any], agreement: Mapping[str, Any]) -> None:
+        """Look at the destination's reply, on the source.
+
+        :raises ValueError: it does not follow from the proposal; the migration ends.
+        """
+
+    def settings(agreement: Mapping[str, Any], role: Role) -> Settings:
+        """Return what has to be set on the QEMU of this side."""
+
+    def channels(agreement: Mapping[str, Any]) -> Sequence[Channels]:
+        """Return the payload channels that it adds, in the order QEMU connects them."""
+
+    def codec(agreement: Mapping[str, Any]) -> Callable[[], ICodec] | None:
+        """Return what makes an :class:`ICodec` for a direction of a channel, or ``None``.
+
+        Only a feature whose ``paths`` is ``{RELAY}`` can have one.
+        """
+
+
+@implementer(IFeature)
+class Feature:
+    """A feature with nothing special about it: the base class for plugins."""
+
+    name: str
+    summary: str
+    requires: frozenset[str] = frozenset()
+    excludes: frozenset[str] = frozenset()
+    paths: frozenset[str] = frozenset(PATHS)
+    rank: Rank = Rank.SPEED
+    abilities: frozenset[str] = frozenset()
+    tunables: frozenset[str] = frozenset()
+
+    def probe_host(self, host: Host) -> Answer:
+        return Yes()
+
+    def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
+        return Yes()
+
+    def propose(
+        self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {}
+
+    def answer(
+        self, guest: GuestFacts, host: Host, proposal: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {}
+
+    def accept(self, proposal: Mapping[str, Any], agreement: Mapping[str, Any]) -> None:
+        pass
+
+    def settings(self, agreement: Mapping[str, Any], role: Role) -> Settings:
+        return Settings()
+
+    def channels(self, agreement: Mapping[str, Any]) -> Sequence[Channels]:
+        return ()
+
+    def codec(self, agreement: Mapping[str, Any]) -> Callable[[], ICodec] | None:
+        return None
+
+
+class Guest(Protocol):
+    """What a migration asks of a guest; ``qmigd/guests`` has the implementations.
+
+    Between :meth:`attach` and :meth:`detach` the guest is in qmigd's hands.  All
+    methods raise :class:`qmigd.errors.GuestError` or one of its kinds.
+    """
+
+    name: str
+    backend: str
+
+    async def attach(self) -> None:
+        """Take hold of the guest: ``GuestBusy`` if somebody has it, ``GuestGone`` if none."""
+
+    def detach(self) -> None:
+        """Let go; the guest goes on.  Harmless when not attached."""
+
+    def watch(self, callback: Callable[[str, dict[str, Any]], None]) -> Callable[[], None]:
+        """Call back with name and data of each event; returns what ends that.
+
+        Beside QEMU's own events there is ``QMIGD_GONE``: the guest was lost.
+        """
+
+    async def facts(self) -> GuestFacts: ...
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what a preflight compares, JSON (docs/protocol, GUEST)."""
+
+    async def tunables(self) -> list[Tunable]: ...
+
+    async def checked(self, tunables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a user's values in the types that the guest declares.
+
+        :raises qmigd.errors.ArgumentError: a name is unknown or a value does not fit.
+        """
+
+    async def apply(self, settings: Settings) -> Settings:
+        """Set; returns what the same names were set to before."""
+
+    async def readback(self, settings: Settings) -> Settings:
+        """Return the present values of the names in ``settings``."""
+
+    async def incoming(self, channel: str | socket.socket) -> None:
+        """Have it wait for the stream on a URI, or take it from a connected socket."""
+
+    async def migrate(self, channel: str | socket.socket) -> None:
+        """Start the outgoing migration to a URI, or into a connected socket."""
+
+    async def query_status(self) -> str:
+        """Return the run state in QEMU's words: running, paused, inmigrate ..."""
+
+    async def query_migrate(self) -> dict[str, Any]:
+        """Return QEMU's ``query-migrate``, with ``status`` always there (``none``)."""
+
+    async def start_postcopy(self) -> None: ...
+
+    async def cancel(self) -> None:
+        """Ask for the end of the outgoing migration; does not wait for it."""
+
+    async def stop(self) -> None: ...
+
+    async def cont(self) -> None: ...
+
+    async def quit(self) -> None:
+        """End the guest's process; returns once it is gone."""

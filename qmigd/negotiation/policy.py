@@ -1,0 +1,68 @@
+"""What the operator of this daemon, and the user of one migration, ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import FeatureError
+
+__all__ = ["Policy"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Names of features, or of paths, in three lists.
+
+    :ivar prefer: taken before others where they exclude each other, in this order.
+    :ivar require: the migration is refused without them.
+    :ivar exclude: never taken.
+    """
+
+    prefer: tuple[str, ...] = ()
+    require: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def narrowed(
+        self,
+        prefer: Iterable[str] = (),
+        require: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+    ) -> Policy:
+        """Add what one migration asks for.
+
+        The operator's ``require`` and ``exclude`` stay in force: whoever asks for the
+        contrary is refused.  In ``prefer`` the migration's own names come first.
+
+        :raises FeatureError: the same name would be required and excluded.
+        """
+        require, exclude = tuple(require), tuple(exclude)
+        for name in require:
+            if name in self.exclude:
+                raise FeatureError(
+                    f"{name} is required here but excluded by the [policy] of this daemon's "
+                    f"configuration"
+                )
+        for name in exclude:
+            if name in self.require:
+                raise FeatureError(
+                    f"{name} is excluded here but required by the [policy] of this daemon's "
+                    f"configuration"
+                )
+            if name in require:
+                raise FeatureError(f"{name} is both required and excluded; name it once")
+        return Policy(
+            _unique((*prefer, *self.prefer)),
+            _unique((*self.require, *require)),
+            _unique((*self.exclude, *exclude)),
+        )
+
+    def unknown(self, known: Iterable[str]) -> tuple[str, ...]:
+        """Return the names in any of the lists that are not ``known``, in order."""
+        names = set(known)
+        mentioned = _unique((*self.prefer, *self.require, *self.exclude))
+        return tuple(name for name in mentioned if name not in names)
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,189 @@
+"""The choice of features and of the path: a pure function of both sides' terms.
+
+Features are tried one after another: first those that somebody requires, then
+those that somebody prefers (the source's wishes before the destination's), then
+by rank, security before certainty before speed, and by name where even that is
+equal.  A feature is taken together with those that it requires, if none of them
+excludes or contradicts what has been taken before, and if a path remains that
+carries all of them.  Whatever is not taken gets a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import FeatureError
+from ..interfaces import DIRECT, HANDOVER, PATHS, RELAY
+from .terms import Conflict, Terms, Traits
+
+__all__ = ["Choice", "choose"]
+
+_WHY = {
+    HANDOVER: "one channel: the socket is handed to QEMU, and no byte passes through qmigd",
+    DIRECT: "several channels and no encryption asked for: the QEMUs connect to each other",
+    RELAY: "each QEMU speaks to its own qmigd, which carries every channel through one port",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    :ivar features: in alphabetical order.
+    :ivar path: one of :data:`qmigd.interfaces.PATHS`.
+    :ivar path_reason: why this path and not another, for people.
+    :ivar left_out: each candidate that was not taken, with the reason.
+    """
+
+    features: tuple[str, ...]
+    path: str
+    path_reason: str
+    left_out: Mapping[str, str]
+
+
+def choose(
+    candidates: Iterable[str],
+    source: Terms,
+    destination: Terms,
+    given_up: Mapping[str, str] | None = None,
+) -> Choice:
+    """Choose out of ``candidates``, the features that neither side has given up.
+
+    :param given_up: why the others were, for the error; the choice does not depend on it.
+    :raises FeatureError: something required cannot be had, with the reason.
+    """
+    traits = {
+        name: source.traits[name] & destination.traits[name]
+        for name in sorted(set(candidates))
+        if name in source.traits and name in destination.traits
+    }
+    require = dict.fromkeys((*source.require, *destination.require))
+    prefer = dict.fromkeys((*source.prefer, *destination.prefer))
+    paths = _open_paths(source, destination, require)
+    order = _ordered(traits, require, prefer)
+    conflicts = (*source.conflicts, *destination.conflicts)
+
+    taken: dict[str, Traits] = {}
+    left_out: dict[str, str] = {}
+    for name in order:
+        if name in taken:
+            continue
+        group = _with_required(name, traits)
+        reason = _obstacle(name, group, traits, taken, conflicts, paths)
+        if reason is None:
+            taken.update((member, traits[member]) for member in group)
+            left_out = {key: text for key, text in left_out.items() if key not in taken}
+        else:
+            left_out[name] = reason
+
+    for name in require:
+        if name not in taken and name not in PATHS:
+            reason = left_out.get(name) or (given_up or {}).get(name)
+            reason = reason or "one of the two sides does not have it"
+            raise FeatureError(f"{name} is required but cannot be had: {reason}")
+    path, path_reason = _best_path(paths, taken, prefer, require, source, destination)
+    return Choice(tuple(sorted(taken)), path, path_reason, left_out)
+
+
+def _ordered(
+    traits: Mapping[str, Traits], require: Mapping[str, None], prefer: Mapping[str, None]
+) -> list[str]:
+    wishes = {name: place for place, name in enumerate((*require, *prefer))}
+    return sorted(
+        traits, key=lambda name: (wishes.get(name, len(wishes)), -traits[name].rank, name)
+    )
+
+
+def _open_paths(
+    source: Terms, destination: Terms, require: Mapping[str, None]
+) -> tuple[str, ...]:
+    insisted = [path for path in PATHS if path in require]
+    if len(insisted) > 1:
+        raise FeatureError(
+            f"{' and '.join(insisted)} are both required, but a migration takes one path"
+        )
+    for path in insisted:
+        reason = source.closed.get(path) or destination.closed.get(path)
+        if reason:
+            raise FeatureError(f"the path {path} is required but closed: {reason}")
+    wanted = insisted or PATHS
+    paths = tuple(
+        path for path in wanted if path not in source.closed and path not in destination.closed
+    )
+    if not paths:
+        closed = {**destination.closed, **source.closed}
+        reasons = "; ".join(f"{path}: {closed[path]}" for path in PATHS if path in closed)
+        raise FeatureError(f"no path is open between the two hosts ({reasons})")
+    return paths
+
+
+def _with_required(name: str, traits: Mapping[str, Traits]) -> list[str]:
+    """``name`` and all that it requires, directly or not."""
+    group = [name]
+    for member in group:
+        if member in traits:
+            group.extend(sorted(traits[member].requires - set(group)))
+    return group
+
+
+def _obstacle(
+    name: str,
+    group: list[str],
+    traits: Mapping[str, Traits],
+    taken: Mapping[str, Traits],
+    conflicts: Iterable[Conflict],
+    paths: tuple[str, ...],
+) -> str | None:
+    for member in group:
+        if member not in traits:
+            return f"it needs {member}, which cannot be had"
+    together = {**taken, **{member: traits[member] for member in group}}
+    for member in group:
+        for other, theirs in together.items():
+            if other in traits[member].excludes or member in theirs.excludes:
+                return f"it cannot be combined with {other}"
+    for conflict in conflicts:
+        if conflict.features <= together.keys() and not conflict.features <= taken.keys():
+            others = sorted(conflict.features - {name})
+            return f"not together with {' and '.join(others)}: {conflict.reason}"
+    if not _carriers(paths, together):
+        carried = _carriers(paths, {name: traits[name]})
+        if not carried:
+            able = ", ".join(sorted(traits[name].paths)) or "none"
+            return f"it needs another path ({able}) than the open ones ({', '.join(paths)})"
+        return f"no open path carries it together with {' and '.join(sorted(taken))}"
+    return None
+
+
+def _carriers(paths: Iterable[str], features: Mapping[str, Traits]) -> list[str]:
+    """The ``paths`` that carry all ``features``."""
+    return [path for path in paths if all(path in traits.paths for traits in features.values())]
+
+
+def _best_path(
+    paths: tuple[str, ...],
+    taken: Mapping[str, Traits],
+    prefer: Mapping[str, None],
+    require: Mapping[str, None],
+    source: Terms,
+    destination: Terms,
+) -> tuple[str, str]:
+    able = _carriers(paths, taken)
+    wishes = [path for path in prefer if path in able]
+    path = (wishes or able)[0]
+    reason = _WHY[path]
+    if path in require:
+        reason += "; required by the policy"
+    elif path in wishes:
+        reason += "; preferred by the policy"
+    else:
+        # Say what stood in the way of the paths that would have come first.
+        for better in PATHS[: PATHS.index(path)]:
+            closed = source.closed.get(better) or destination.closed.get(better)
+            blockers = [name for name in sorted(taken) if better not in taken[name].paths]
+            if closed:
+                reason += f"; not {better}: {closed}"
+            elif blockers:
+                reason += f"; not {better}: it cannot carry {' and '.join(blockers)}"
+    return path, reason

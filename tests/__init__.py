@@ -1,0 +1,1 @@
+"""qmigd's tests; ``make test`` runs them."""

@@ -1,0 +1,272 @@
+"""The choice of features and path: :mod:`qmigd.negotiation`."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from qmigd.errors import FeatureError, ProtocolError
+from qmigd.interfaces import DIRECT, HANDOVER, PATHS, RELAY
+from qmigd.negotiation.plan import Plan
+from qmigd.negotiation.policy import Policy
+from qmigd.negotiation.select import choose
+from qmigd.negotiation.terms import Conflict, Terms, Traits
+
+SECURITY, CERTAINTY, SPEED = 3, 2, 1
+MANY = frozenset({DIRECT, RELAY})
+
+TRAITS = {
+    "many": Traits(SPEED, paths=MANY),
+    "sure": Traits(CERTAINTY),
+    "urgent": Traits(SPEED, requires=frozenset({"sure"}), paths=MANY),
+    "secret": Traits(SECURITY, excludes=frozenset({"wild"}), paths=frozenset({HANDOVER, RELAY})),
+    "wild": Traits(SPEED, paths=frozenset({DIRECT})),
+    "packed": Traits(SPEED, paths=frozenset({RELAY})),
+}
+
+
+def terms(**said: object) -> Terms:
+    return Terms(TRAITS, **said)  # type: ignore[arg-type]
+
+
+class FeatureChoiceTests(SynchronousTestCase):
+    """Which features are chosen, and what is said of the others."""
+
+    def test_everything_possible_is_chosen(self) -> None:
+        """Features that do not get in each other's way are all chosen, unasked."""
+        choice = choose(["urgent", "sure", "many"], terms(), terms())
+        self.assertEqual(choice.features, ("many", "sure", "urgent"))
+        self.assertEqual(choice.left_out, {})
+
+    def test_conflict_goes_to_the_higher_rank(self) -> None:
+        """Of two that the QEMUs cannot combine, certainty is taken before speed."""
+        conflict = Conflict(frozenset({"many", "sure"}), "this QEMU crashes")
+        choice = choose(["many", "sure"], terms(), terms(conflicts=(conflict,)))
+        self.assertEqual(choice.features, ("sure",))
+        self.assertEqual(choice.left_out, {"many": "not together with sure: this QEMU crashes"})
+
+    def test_preference_turns_the_order_round(self) -> None:
+        """What the source prefers is taken first, whatever its rank."""
+        conflict = Conflict(frozenset({"many", "sure"}), "this QEMU crashes")
+        choice = choose(
+            ["many", "sure", "urgent"], terms(prefer=("many",)), terms(conflicts=(conflict,))
+        )
+        self.assertEqual(choice.features, ("many",))
+        self.assertIn("sure", choice.left_out)
+        self.assertEqual(choice.left_out["urgent"], "not together with many and sure: this QEMU crashes")
+
+    def test_conflict_of_three_needs_all_three(self) -> None:
+        """A combination of three leaves any two of them possible."""
+        conflict = Conflict(frozenset({"many", "sure", "urgent"}), "it hangs")
+        choice = choose(["many", "sure", "urgent"], terms(), terms(conflicts=(conflict,)))
+        self.assertEqual(choice.features, ("many", "sure"))
+
+    def test_required_goes_before_preferred(self) -> None:
+        """What is required comes first, and what contradicts it is left out."""
+        choice = choose(["secret", "wild"], terms(prefer=("secret",)), terms(require=("wild",)))
+        self.assertEqual(choice.features, ("wild",))
+        self.assertEqual(choice.left_out, {"secret": "it cannot be combined with wild"})
+
+    def test_required_that_cannot_be_had_refuses(self) -> None:
+        """The error names the feature and the reason that is known for it."""
+        error = self.assertRaises(
+            FeatureError, choose, ["sure"], terms(require=("many",)), terms(), {"many": "no CPU"}
+        )
+        self.assertEqual(error.text, "many is required but cannot be had: no CPU")
+
+    def test_two_required_that_conflict_refuse(self) -> None:
+        """Two required features that exclude each other are an error, not a choice."""
+        self.assertRaises(FeatureError, choose, ["secret", "wild"], terms(require=("secret", "wild")), terms())
+
+    def test_feature_without_its_requirement(self) -> None:
+        """A feature whose requirement one side has given up is left out with that reason."""
+        choice = choose(["urgent"], terms(), terms())
+        self.assertEqual(choice.features, ())
+        self.assertEqual(choice.left_out, {"urgent": "it needs sure, which cannot be had"})
+
+    def test_traits_of_both_sides_count(self) -> None:
+        """A feature excludes what either side's version of it excludes."""
+        stricter = Terms({**TRAITS, "many": Traits(SPEED, excludes=frozenset({"sure"}))})
+        choice = choose(["many", "sure"], terms(), stricter)
+        self.assertEqual(choice.features, ("sure",))
+
+
+class PathChoiceTests(SynchronousTestCase):
+    """Which path is taken, and why."""
+
+    def test_one_channel_is_handed_over(self) -> None:
+        self.assertEqual(choose(["sure"], terms(), terms()).path, HANDOVER)
+
+    def test_several_channels_go_directly(self) -> None:
+        """The reason says what a handover could not carry."""
+        choice = choose(["many"], terms(), terms())
+        self.assertEqual(choice.path, DIRECT)
+        self.assertIn("not handover: it cannot carry many", choice.path_reason)
+
+    def test_closed_path(self) -> None:
+        """Where the destination offers no ports, several channels take the relay."""
+        choice = choose(["many"], terms(), terms(closed={DIRECT: "no ports here"}))
+        self.assertEqual(choice.path, RELAY)
+        self.assertIn("not direct: no ports here", choice.path_reason)
+
+    def test_features_decide_the_path(self) -> None:
+        """A feature that only a relay can carry brings one about."""
+        self.assertEqual(choose(["many", "packed"], terms(), terms()).path, RELAY)
+
+    def test_no_common_path(self) -> None:
+        """Two features without a common path: the lower one is left out and says so."""
+        choice = choose(["packed", "wild"], terms(), terms())
+        self.assertEqual(choice.features, ("packed",))
+        self.assertEqual(choice.left_out, {"wild": "no open path carries it together with packed"})
+
+    def test_required_path_leaves_features_out(self) -> None:
+        choice = choose(["many", "sure"], terms(require=(HANDOVER,)), terms())
+        self.assertEqual((choice.path, choice.features), (HANDOVER, ("sure",)))
+        self.assertIn("many", choice.left_out)
+
+    def test_preferred_path(self) -> None:
+        choice = choose(["sure"], terms(prefer=(RELAY,)), terms())
+        self.assertEqual(choice.path, RELAY)
+        self.assertIn("preferred", choice.path_reason)
+
+    def test_required_path_that_is_closed(self) -> None:
+        error = self.assertRaises(
+            FeatureError, choose, [], terms(require=(DIRECT,)), terms(closed={DIRECT: "no ports"})
+        )
+        self.assertIn("no ports", error.text)
+
+    def test_two_required_paths(self) -> None:
+        self.assertRaises(FeatureError, choose, [], terms(require=(DIRECT,)), terms(require=(RELAY,)))
+
+    def test_all_closed(self) -> None:
+        closed = dict.fromkeys(PATHS, "shut")
+        self.assertRaises(FeatureError, choose, [], terms(closed=closed), terms())
+
+
+names = st.sampled_from(["a", "b", "c", "d", "e"])
+traits = st.builds(
+    Traits,
+    st.integers(1, 3),
+    st.frozensets(names, max_size=2),
+    st.frozensets(names, max_size=1),
+    st.frozensets(st.sampled_from(PATHS), min_size=1),
+)
+random_terms = st.builds(
+    Terms,
+    st.dictionaries(names, traits),
+    st.lists(
+        st.builds(Conflict, st.frozensets(names, min_size=2, max_size=3), st.text()), max_size=2
+    ).map(tuple),
+    st.lists(st.one_of(names, st.sampled_from(PATHS)), max_size=3).map(tuple),
+    st.lists(st.one_of(names, st.sampled_from(PATHS)), max_size=1).map(tuple),
+    st.dictionaries(st.sampled_from(PATHS), st.text(min_size=1), max_size=2),
+)
+
+
+class ChoicePropertyTests(SynchronousTestCase):
+    """What holds for any terms whatever."""
+
+    @given(st.frozensets(names), random_terms, random_terms)
+    def test_choice_is_sound(
+        self, candidates: frozenset[str], source: Terms, destination: Terms
+    ) -> None:
+        """Nothing chosen contradicts anything else chosen; all others have a reason."""
+        try:
+            choice = choose(candidates, source, destination)
+        except FeatureError:
+            return
+        chosen = set(choice.features)
+        both = {
+            name: source.traits[name] & destination.traits[name]
+            for name in candidates & source.traits.keys() & destination.traits.keys()
+        }
+        self.assertTrue(chosen <= both.keys())
+        self.assertEqual(chosen | choice.left_out.keys(), both.keys())
+        self.assertFalse(chosen & choice.left_out.keys())
+        for name in chosen:
+            self.assertTrue(both[name].requires <= chosen)
+            self.assertFalse(both[name].excludes & chosen - {name})
+            self.assertIn(choice.path, both[name].paths)
+        for conflict in (*source.conflicts, *destination.conflicts):
+            self.assertFalse(conflict.features <= chosen)
+        self.assertNotIn(choice.path, {**source.closed, **destination.closed})
+        for name in (*source.require, *destination.require):
+            self.assertIn(name, {*chosen, choice.path})
+
+    @given(st.lists(names), random_terms, random_terms)
+    def test_order_of_candidates_is_of_no_account(
+        self, candidates: list[str], source: Terms, destination: Terms
+    ) -> None:
+        """Both sides come to the same choice, in whatever order they put the names."""
+        outcomes = []
+        for order in itertools.islice(itertools.permutations(candidates), 4):
+            try:
+                outcomes.append(str(choose(order, source, destination)))
+            except FeatureError as error:
+                outcomes.append(error.text)
+        self.assertEqual(len(set(outcomes)), 1)
+
+    @given(random_terms)
+    def test_terms_survive_the_wire(self, some: Terms) -> None:
+        """What the peer reads is what was written."""
+        self.assertEqual(Terms.from_wire(some.to_wire()), some)
+
+    @given(
+        st.recursive(
+            st.one_of(st.none(), st.integers(), st.text(), st.booleans()),
+            lambda inner: st.one_of(
+                st.lists(inner, max_size=3),
+                st.dictionaries(
+                    st.sampled_from(["traits", "conflicts", "prefer", "closed", "rank", "x"]),
+                    inner,
+                ),
+            ),
+        ).filter(lambda value: isinstance(value, dict))
+    )
+    def test_hostile_terms(self, body: dict[str, object]) -> None:
+        """Whatever JSON a peer sends as terms is read, or is a ProtocolError."""
+        try:
+            Terms.from_wire(body)
+        except ProtocolError:
+            pass
+
+
+class PolicyTests(SynchronousTestCase):
+    """The operator's policy and the wishes of one migration."""
+
+    def test_wishes_of_a_migration_come_first(self) -> None:
+        policy = Policy(prefer=("a",), exclude=("x",)).narrowed(["b"], ["r"], ["y"])
+        self.assertEqual(policy, Policy(("b", "a"), ("r",), ("x", "y")))
+
+    def test_operator_has_the_last_word(self) -> None:
+        """Requiring what the operator excludes, or the reverse, is refused by name."""
+        self.assertIn(
+            "x", self.assertRaises(FeatureError, Policy(exclude=("x",)).narrowed, (), ["x"]).text
+        )
+        self.assertIn(
+            "x", self.assertRaises(FeatureError, Policy(require=("x",)).narrowed, (), (), ["x"]).text
+        )
+
+    def test_contradiction_in_itself(self) -> None:
+        self.assertRaises(FeatureError, Policy().narrowed, (), ["x"], ["x"])
+
+    def test_unknown_names(self) -> None:
+        self.assertEqual(Policy(("a",), ("b",), ("c",)).unknown(["b"]), ("a", "c"))
+
+
+class PlanTests(SynchronousTestCase):
+    """The plan that both sides must have alike."""
+
+    def test_same_plan(self) -> None:
+        """Reasons are each side's own words and are not compared."""
+        plan = Plan(DIRECT, ("many",), {"many": {"n": 2}}, (("main", 0), ("many", 0)), "because")
+        Plan(DIRECT, ("many",), {"many": {"n": 2}}, (("main", 0), ("many", 0))).verify(plan.to_wire())
+
+    def test_different_plan(self) -> None:
+        """A difference is an error that names it, and never a guess."""
+        error = self.assertRaises(ProtocolError, Plan(DIRECT).verify, Plan(RELAY).to_wire())
+        self.assertEqual(error.code, "plan-differs")
+        self.assertIn("path", error.text)
