@@ -1,0 +1,234 @@
+"""What the management commands do.
+
+One method a command, by the command's name with underscores; the arguments have been
+checked against :mod:`qmigd.api` before.  Everything that takes longer than a look at
+a QEMU is started here and goes on by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from .. import __version__
+from ..api import COMMANDS, nearest, schema
+from ..errors import ArgumentError, GuestNotFound, MigrationError
+from ..interfaces import PATHS, Guest, GuestFacts, Tunable
+from ..migration.destination import offered
+from ..migration.services import Services
+from ..migration.source import Outgoing, new_id
+from ..negotiation.policy import Policy
+from ..transports.uri import parse_uri
+from ..wire.greeting import VERSION
+from .config import guest_config, unknown_names
+from .registry import GuestRegistry
+
+__all__ = ["Commands"]
+
+
+class Commands:
+    """The commands of one daemon."""
+
+    def __init__(self, services: Services, guests: GuestRegistry) -> None:
+        self._services = services
+        self._guests = guests
+        self._outgoing: dict[str, Outgoing] = {}
+
+    # about the daemon
+
+    async def query_version(self) -> dict[str, Any]:
+        major, minor, micro = (int(word) for word in __version__.split("."))
+        return {
+            "qmigd": __version__,
+            "protocol": [VERSION],
+            "qemu": {"major": major, "minor": minor, "micro": micro},
+            "package": f"qmigd {__version__}",
+        }
+
+    async def query_commands(self) -> list[dict[str, Any]]:
+        return [{"name": name} for name in COMMANDS]
+
+    async def query_qmp_schema(self) -> list[dict[str, Any]]:
+        return schema()
+
+    # guests
+
+    async def query_guests(self) -> list[dict[str, Any]]:
+        return await self._guests.query()
+
+    async def guest_add(self, name: str, qmp: str) -> None:
+        self._guests.add(guest_config(name, qmp))
+
+    async def guest_remove(self, name: str) -> None:
+        self._guests.remove(name)
+
+    async def query_features(
+        self, guest: str | None = None, uri: str | None = None
+    ) -> dict[str, Any]:
+        services = self._services
+        if guest is None:
+            if uri is not None:
+                raise ArgumentError("query-features: 'uri' goes with 'guest'")
+            return {"features": [self._host_feature(name) for name in services.features]}
+        if uri is None:
+            async with self._guests.borrowed(guest) as held:
+                facts = await held.facts()
+                waits = await held.query_status() == "inmigrate"
+            return {
+                "guest": guest,
+                "features": [
+                    self._guest_feature(name, facts, waits) for name in services.features
+                ],
+            }
+        return await self._pair_features(guest, uri)
+
+    def _host_feature(self, name: str) -> dict[str, Any]:
+        feature = self._services.features[name]
+        answer = feature.probe_host(self._services.host)
+        reason = None if answer else answer.reason
+        if name in self._services.policy.exclude:
+            reason = "excluded by the policy"
+        return _feature(name, feature.summary, reason)
+
+    def _guest_feature(self, name: str, facts: GuestFacts, waits: bool) -> dict[str, Any]:
+        entry = self._host_feature(name)
+        role = "destination" if waits else "source"
+        answer = self._services.features[name].probe_guest(facts, role)
+        if entry["offered"] and not answer:
+            return _feature(name, entry["summary"], answer.reason)
+        return entry
+
+    async def _pair_features(self, guest: str, uri: str) -> dict[str, Any]:
+        address = parse_uri(uri)
+        record = self._services.records.new(new_id(), guest, "source", uri)
+        outgoing = Outgoing(self._services, record, address, self._services.policy, {})
+        plan = await outgoing.probe(self._guests.take(guest, record.id))
+        features = []
+        for name, feature in self._services.features.items():
+            entry = _feature(name, feature.summary, plan.left_out.get(name))
+            entry["offered"] = name in offered(self._services)
+            entry["selected"] = name in plan.features
+            features.append(entry)
+        return {
+            "guest": guest,
+            "peer": uri,
+            "path": plan.path,
+            "path-reason": plan.path_reason,
+            "features": features,
+        }
+
+    async def query_tunables(self, guest: str) -> list[dict[str, Any]]:
+        async with self._guests.borrowed(guest) as held:
+            tunables = await held.tunables()
+        return [_tunable(tunable) for tunable in tunables]
+
+    # migrations
+
+    async def migrate(
+        self,
+        guest: str,
+        uri: str,
+        tunables: Mapping[str, Any] | None = None,
+        prefer: Iterable[str] = (),
+        require: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+    ) -> dict[str, Any]:
+        services = self._services
+        address = parse_uri(uri)
+        self._check_names((*prefer, *require, *exclude))
+        policy = services.policy.narrowed(prefer, require, exclude)
+        record = services.records.new(new_id(), guest, "source", str(address))
+        held = self._guests.take(guest, record.id)
+        outgoing = Outgoing(services, record, address, policy, {})
+        try:
+            facts = await outgoing.attach(held)
+            outgoing.tunables = await self._checked(held, tunables or {})
+        except BaseException:
+            outgoing.let_go()
+            self._guests.free(held)
+            raise
+        record.tunables = outgoing.tunables
+        services.records.add(record)
+        self._outgoing[guest] = outgoing
+        Deferred.fromCoroutine(outgoing.begin(facts)).addBoth(
+            lambda _: self._outgoing.pop(guest, None)
+        )
+        return {"id": record.id}
+
+    async def query_migrate(
+        self, guest: str | None = None, id: str | None = None
+    ) -> list[dict[str, Any]]:
+        records = list(self._services.records)
+        if guest is not None:
+            records = [record for record in records if record.guest == guest]
+            if not records and guest not in self._guests:
+                raise GuestNotFound(self._guests.unknown(guest))
+        if id is not None:
+            records = [record for record in records if record.id == id]
+            if not records:
+                raise MigrationError(f"there is no migration {id}")
+        return [record.to_json() for record in records]
+
+    async def migrate_start_postcopy(self, guest: str) -> None:
+        await self._running(guest).start_postcopy()
+
+    async def migrate_cancel(self, guest: str) -> None:
+        self._running(guest).cancel("cancelled by the user")
+
+    async def migrate_set_parameters(self, guest: str, tunables: Mapping[str, Any]) -> None:
+        outgoing = self._running(guest)
+        if outgoing.guest is None:
+            raise MigrationError(f"the migration of {guest} is just ending")
+        await outgoing.set_tunables(await self._checked(outgoing.guest, tunables))
+
+    # inside
+
+    def _running(self, guest: str) -> Outgoing:
+        if guest in self._outgoing:
+            return self._outgoing[guest]
+        if guest not in self._guests:
+            raise GuestNotFound(self._guests.unknown(guest))
+        raise MigrationError(f"guest {guest} is not being migrated from here")
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        """:raises ArgumentError: one is neither a feature nor a path."""
+        known = (*self._services.features, *PATHS)
+        for name in unknown_names(Policy(prefer=tuple(names)), known):
+            raise ArgumentError(
+                f"there is no feature and no path called '{name}'{nearest(name, known) or '.'}"
+            )
+
+    async def _checked(self, guest: Guest, tunables: Mapping[str, Any]) -> dict[str, Any]:
+        """Have the guest's QEMU's schema check a user's values.
+
+        :raises ArgumentError: a name is a feature or unknown, or a value does not fit.
+        """
+        for name in tunables:
+            if name in self._services.features:
+                raise ArgumentError(
+                    f"'{name}' is a feature and no tunable: it is negotiated, and on wherever "
+                    f"both sides can; 'prefer', 'require' and 'exclude' have a say in that"
+                )
+        return await guest.checked(tunables) if tunables else {}
+
+
+def _feature(name: str, summary: str, reason: str | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "summary": summary, "offered": reason is None}
+    if reason is not None:
+        entry["reason"] = reason
+    return entry
+
+
+def _tunable(tunable: Tunable) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": tunable.name,
+        "type": tunable.type,
+        "value": tunable.value,
+        "deprecated": tunable.deprecated,
+        "unstable": tunable.unstable,
+    }
+    if tunable.values:
+        entry["values"] = list(tunable.values)
+    return entry

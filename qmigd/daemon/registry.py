@@ -1,0 +1,252 @@
+"""The guests that this daemon knows, and which of them are in a migration."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..api import nearest
+from ..errors import GuestBusy, GuestError, GuestGone, GuestNotFound
+from ..guests.launch import Launcher
+from ..guests.qemu import QemuGuest
+from ..interfaces import Guest
+from .config import GuestConfig
+
+__all__ = ["GuestRegistry"]
+
+#: QEMU's run state while it waits for a stream.
+WAITING = "inmigrate"
+
+
+@dataclass
+class _Entry:
+    config: GuestConfig
+    configured: bool
+    launcher: Launcher | None = None
+    #: The migration that has it, and the object through which it does.
+    migration: str | None = None
+    guest: QemuGuest | None = None
+    #: The migration that its QEMU was started for.
+    launched_for: str | None = None
+
+    @property
+    def qmp(self) -> str:
+        return self.launcher.qmp if self.launcher is not None else f"unix:{self.config.qmp}"
+
+
+class GuestRegistry:
+    """Guests by name; provides :class:`qmigd.migration.services.Guests`."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        configured: Mapping[str, GuestConfig],
+        state_dir: Path,
+        deadline: float,
+    ) -> None:
+        """:param deadline: seconds that a QEMU has for an answer."""
+        self._reactor = reactor
+        self._deadline = deadline
+        self._entries = {
+            name: _Entry(config, True, self._launcher(config, state_dir))
+            for name, config in configured.items()
+        }
+
+    def _launcher(self, config: GuestConfig, state_dir: Path) -> Launcher | None:
+        if not config.launch:
+            return None
+        return Launcher(
+            self._reactor, config.name, config.launch, state_dir, deadline=3 * self._deadline
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def unknown(self, name: str) -> str:
+        """Say that there is no such guest."""
+        known = ", ".join(self._entries) or "none yet; 'qmigctl guest-add' registers one"
+        return f"there is no guest '{name}'{nearest(name, self._entries)} (guests: {known})"
+
+    # for the management commands
+
+    def add(self, config: GuestConfig) -> None:
+        """Register a QEMU that runs.
+
+        :raises GuestBusy: there is a guest of that name, or with that QMP socket.
+        """
+        if config.name in self._entries:
+            raise GuestBusy(f"there is a guest '{config.name}' already; remove it first")
+        for name, entry in self._entries.items():
+            if entry.qmp == f"unix:{config.qmp}":
+                raise GuestBusy(f"unix:{config.qmp} is the QMP socket of guest '{name}'")
+        self._entries[config.name] = _Entry(config, False)
+
+    def remove(self, name: str) -> None:
+        """Forget a guest that was registered at run time.
+
+        :raises GuestBusy: it is in a migration, or stands in the configuration.
+        """
+        entry = self._entry(name)
+        if entry.configured:
+            raise GuestBusy(f"guest '{name}' stands in the configuration file; remove it there")
+        if entry.migration is not None:
+            raise GuestBusy(f"guest '{name}' is in migration {entry.migration}")
+        del self._entries[name]
+
+    async def query(self) -> list[dict[str, Any]]:
+        """The answer to ``query-guests``."""
+        answer = []
+        for name, entry in list(self._entries.items()):
+            shown: dict[str, Any] = {
+                "name": name,
+                "backend": QemuGuest.backend,
+                "qmp": entry.qmp,
+                "launch": entry.launcher is not None,
+                "configured": entry.configured,
+            }
+            state, reason = await self._state(entry)
+            shown["state"] = state
+            if reason:
+                shown["reason"] = reason
+            if entry.migration is not None:
+                shown["migration"] = entry.migration
+            answer.append(shown)
+        return answer
+
+    async def _state(self, entry: _Entry) -> tuple[str, str]:
+        if entry.launcher is not None and not await entry.launcher.running():
+            return "not-started", ""
+        try:
+            async with self._held(entry) as guest:
+                return await guest.query_status(), ""
+        except GuestBusy as error:
+            return "busy", error.text
+        except GuestError as error:
+            return "unreachable", error.text
+
+    @asynccontextmanager
+    async def borrowed(self, name: str) -> AsyncIterator[Guest]:
+        """Hold a guest for a look at it; one in a migration is looked at along with it.
+
+        :raises GuestError: there is none of that name, or it cannot be reached.
+        """
+        async with self._held(self._entry(name)) as guest:
+            yield guest
+
+    @asynccontextmanager
+    async def _held(self, entry: _Entry) -> AsyncIterator[QemuGuest]:
+        if entry.guest is not None and entry.migration is not None:
+            yield entry.guest
+            return
+        guest = self._guest(entry)
+        await guest.attach()
+        try:
+            yield guest
+        finally:
+            guest.detach()
+
+    # for migrations
+
+    def take(self, name: str, migration: str) -> Guest:
+        """Reserve a guest.
+
+        :raises GuestNotFound: there is none of that name.
+        :raises GuestBusy: it is in another migration.
+        """
+        return self._reserve(self._entry(name), migration)
+
+    def retake(self, name: str, qmp: str, migration: str) -> Guest:
+        """Reserve a guest that an earlier life of the daemon had, registered or not."""
+        if name not in self._entries:
+            self._entries[name] = _Entry(GuestConfig(name, qmp.removeprefix("unix:")), False)
+        return self.take(name, migration)
+
+    async def waiting(self, name: str | None, migration: str) -> Guest:
+        """Reserve a guest that waits for its stream; one that is launched is started."""
+        entry = self._entry(name) if name is not None else await self._only_waiting()
+        guest = self._reserve(entry, migration)
+        if entry.launcher is not None:
+            try:
+                if await self._make_room(entry):
+                    await entry.launcher.start()
+                    entry.launched_for = migration
+            except BaseException:
+                self.free(guest)
+                raise
+        return guest
+
+    async def _make_room(self, entry: _Entry) -> bool:
+        """Whether the launcher has to start a QEMU: none runs, or a spent one was ended."""
+        assert entry.launcher is not None
+        if not await entry.launcher.running():
+            return True
+        guest = self._guest(entry)
+        await guest.attach()
+        try:
+            status = await guest.query_status()
+            if status == WAITING:
+                return False
+            if status == "running":
+                raise GuestBusy(f"guest '{entry.config.name}' runs here already")
+            if status == "postmigrate":
+                # It was moved away from here; now it comes back.
+                await guest.quit()
+                return True
+            raise GuestBusy(
+                f"the QEMU of guest '{entry.config.name}' here is {status} and waits for no "
+                f"migration; end it first if it is of no use any more"
+            )
+        except GuestGone:
+            return True
+        finally:
+            guest.detach()
+
+    async def _only_waiting(self) -> _Entry:
+        waiting = []
+        for entry in list(self._entries.values()):
+            if entry.migration is None:
+                state, _ = await self._state(entry)
+                if state in (WAITING, "not-started"):
+                    waiting.append(entry)
+        if len(waiting) == 1:
+            return waiting[0]
+        if not waiting:
+            raise GuestNotFound("no guest was named, and none waits for a migration here")
+        names = ", ".join(entry.config.name for entry in waiting)
+        raise GuestNotFound(f"no guest was named, and more than one waits here: {names}")
+
+    def launched_for(self, guest: Guest, migration: str) -> bool:
+        """Whether its QEMU was started for this very migration."""
+        entry = self._entries.get(guest.name)
+        return entry is not None and entry.launched_for == migration
+
+    def where(self, guest: Guest) -> str:
+        """Its QMP socket's URI."""
+        return self._entry(guest.name).qmp
+
+    def free(self, guest: Guest) -> None:
+        """The migration that had it has ended."""
+        entry = self._entries.get(guest.name)
+        if entry is not None and entry.guest is guest:
+            entry.guest = entry.migration = None
+
+    # inside
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise GuestNotFound(self.unknown(name)) from None
+
+    def _guest(self, entry: _Entry) -> QemuGuest:
+        return QemuGuest(self._reactor, entry.config.name, entry.qmp, deadline=self._deadline)
+
+    def _reserve(self, entry: _Entry, migration: str) -> Guest:
+        if entry.migration is not None:
+            raise GuestBusy(f"guest '{entry.config.name}' is in migration {entry.migration}")
+        entry.migration = migration
+        entry.guest = self._guest(entry)
+        return entry.guest

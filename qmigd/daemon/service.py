@@ -1,0 +1,174 @@
+"""``twistd qmigd``: the daemon, assembled.
+
+Everything below takes what it needs as arguments; this is the one place that knows
+all of it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from twisted.application.service import IService, Service
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python import usage
+
+from .. import __version__
+from ..channels.attach import Attachments
+from ..errors import ConfigError, QmigdError
+from ..features.registry import load_features
+from ..guests import quirks
+from ..interfaces import GuestFacts, Host, IFeature
+from ..migration.destination import IncomingFactory
+from ..migration.recovery import recover
+from ..migration.services import Deadlines, Services
+from ..migration.status import Records
+from ..negotiation.terms import Conflict
+from ..transports.ports import PortRange
+from .commands import Commands
+from .config import Config, load, unknown_names
+from .journal import FileJournal
+from .monitor import Monitor
+from .registry import GuestRegistry
+
+__all__ = ["Options", "QmigdService", "makeService"]
+
+log = Logger()
+
+
+class Options(usage.Options):
+    """The command line of ``twistd qmigd``."""
+
+    longdesc = (
+        "qmigd moves QEMU guests to other hosts, and takes them in.  One daemon runs on "
+        "each host; the two negotiate everything.  Talk to it with qmigctl."
+    )
+    optParameters = [  # noqa: RUF012 - Twisted's way
+        ["config", "c", "/etc/qmigd/qmigd.toml", "the configuration file (TOML)"],
+    ]
+
+
+def makeService(options: Options) -> IService:
+    """Read the configuration and make the service.
+
+    :raises SystemExit: the configuration is wrong; the message says how.
+    """
+    try:
+        config = load(options["config"], os.environ, os.getuid())
+        features = load_features()
+        unknown = unknown_names(config.policy, features)
+        if unknown:
+            raise ConfigError(
+                f"{options['config']}: [policy] names {', '.join(unknown)}, but there is no "
+                f"feature and no path of that name; there are {', '.join(features)}"
+            )
+    except QmigdError as error:
+        raise SystemExit(f"qmigd: {error.text}") from None
+    # Late, so that twistd can install another one first.
+    from twisted.internet import reactor
+
+    return QmigdService(reactor, config, features)
+
+
+class QmigdService(Service):
+    """One daemon."""
+
+    name = "qmigd"
+
+    def __init__(self, reactor: Any, config: Config, features: dict[str, IFeature]) -> None:
+        self._reactor = reactor
+        self._config = config
+        daemon = config.daemon
+        state = daemon.state_dir
+        try:
+            run_dir = _private(state / "run")
+            journal = FileJournal(_private(state / "migrations"))
+            self._guests = GuestRegistry(reactor, config.guests, state, daemon.guest_deadline)
+        except OSError as error:
+            raise SystemExit(
+                f"qmigd: the state directory {state} cannot be used: {error.strerror} "
+                f"({error.filename}); name another one with 'state-dir' in [daemon]"
+            ) from None
+        self._journal = journal
+        self._records = Records(self._event)
+        self._services = Services(
+            reactor=reactor,
+            host=Host(cpus=len(os.sched_getaffinity(0))),
+            features=features,
+            policy=config.policy,
+            guests=self._guests,
+            records=self._records,
+            journal=journal,
+            attachments=Attachments(),
+            conflicts=_conflicts,
+            ports=PortRange(daemon.direct_ports) if daemon.direct_ports else None,
+            run_dir=run_dir,
+            deadlines=Deadlines(
+                daemon.handshake_deadline, daemon.peer_deadline, daemon.guest_deadline
+            ),
+            source_after=config.source_after,
+        )
+        self._monitor = Monitor(reactor, daemon.monitor, Commands(self._services, self._guests))
+        self._ports: list[IListeningPort] = []
+
+    def startService(self) -> None:
+        """Bring interrupted migrations to an end, then open the doors."""
+        super().startService()
+        self._reactor.callWhenRunning(lambda: Deferred.fromCoroutine(self._start()))
+
+    async def _start(self) -> None:
+        try:
+            for migration, role, entry in list(self._journal.entries()):
+                await recover(self._services, migration, role, entry)
+            factory = IncomingFactory(self._services)
+            for uri in self._config.daemon.listen:
+                port = await uri.server(self._reactor).listen(factory)
+                self._ports.append(port)
+                log.info("qmigd {version} listens on {uri}", version=__version__, uri=str(uri))
+            await self._monitor.start()
+        except QmigdError as error:
+            self._give_up(error.text)
+        except Exception as error:
+            self._give_up(str(error))
+        else:
+            log.info(
+                "features: {features}; management socket: {monitor}",
+                features=", ".join(self._services.features) or "none",
+                monitor=self._config.daemon.monitor,
+            )
+
+    def _give_up(self, reason: str) -> None:
+        log.error("qmigd does not start: {reason}", reason=reason)
+        self._reactor.stop()
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        self._monitor.event(name, data)
+
+    def stopService(self) -> Deferred[Any]:
+        """Close the doors.  QEMUs go on; relays end with this process."""
+        super().stopService()
+        closing = [Deferred.fromCoroutine(self._monitor.stop())]
+        closing += [_deferred(port.stopListening()) for port in self._ports]
+        return DeferredList(closing)
+
+
+def _deferred(result: Any) -> Deferred[Any]:
+    if isinstance(result, Deferred):
+        return result
+    done: Deferred[Any] = Deferred()
+    done.callback(result)
+    return done
+
+
+def _private(directory: Path) -> Path:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory
+
+
+def _conflicts(source: GuestFacts, destination: GuestFacts) -> list[Conflict]:
+    return [
+        Conflict(features, reason) for features, reason in quirks.conflicts(source, destination)
+    ]

@@ -1,0 +1,247 @@
+"""The control connection: a handshake machine on a Twisted transport.
+
+The machine (:mod:`qmigd.handshake`) turns bytes into events; this module feeds it,
+never reading past what it wants, sends what it has to say, and hands its events to
+whoever waits for them.  Once the migration runs it also keeps the connection alive,
+and finds out when the peer is not: every byte from the peer is a sign of life, and
+both sides send a heartbeat when they have nothing else to say.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import LoopingCall
+from twisted.python.failure import Failure
+
+from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError
+from ..handshake.events import Event, Failed, Heartbeat
+from ..transports.sockets import detach, drained, limit_reads, tune_stream
+from ..transports.uri import Address
+
+__all__ = ["HEARTBEATS", "Control", "connect_control", "with_deadline"]
+
+#: How many heartbeats are sent within the time after which a silent peer is lost.
+HEARTBEATS = 4
+
+E = TypeVar("E", bound=Event)
+T = TypeVar("T")
+
+
+class Control(Protocol):
+    """One control connection, of either role.
+
+    :ivar machine: the handshake machine; call :meth:`flush` after speaking to it.
+    :ivar failure: why the connection is of no use any more, or ``None``.
+    """
+
+    transport: Any
+
+    def __init__(self, machine: Any, clock: IReactorTime) -> None:
+        self.machine = machine
+        self.failure: QmigdError | None = None
+        self._clock = clock
+        self._events: deque[Event] = deque()
+        self._waiter: Deferred[None] | None = None
+        self._listener: Callable[[Event | None], None] | None = None
+        self._heartbeats: LoopingCall | None = None
+        self._heard = 0.0
+        self._detached = False
+        self._error_said = False
+
+    # Twisted's side
+
+    def connectionMade(self) -> None:
+        self.flush()
+        limit_reads(self.transport, self.machine.wanted)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._heard = self._clock.seconds()
+        for event in self.machine.receive(data):
+            self._take(event)
+        if not self._detached:
+            self.flush()
+            limit_reads(self.transport, self.machine.wanted)
+            if self.failure is not None:
+                self.close()
+
+    def connectionLost(self, reason: Failure | None = None) -> None:
+        self._stop_heartbeats()
+        if not self._detached:
+            for event in self.machine.eof():
+                self._take(event)
+            self._error_said = True
+            self._fail(PeerGone("the peer closed the connection"))
+
+    # what the owner calls
+
+    def flush(self) -> None:
+        """Send what the machine has to say."""
+        data = self.machine.data_to_send()
+        if data and self.transport is not None:
+            self.transport.write(data)
+
+    async def next(self, *kinds: type[E], deadline: float, what: str) -> E:
+        """Wait for the next event, which has to be one of ``kinds``.
+
+        :param deadline: in seconds.
+        :param what: what is waited for, for the error.
+        :raises QmigdError: the peer failed or is gone.
+        :raises DeadlineError: nothing came in time.
+        """
+        if not self._events and self.failure is None:
+            self._waiter = Deferred()
+            await with_deadline(self._clock, self._waiter, deadline, what)
+        if self._events:
+            event = self._events.popleft()
+            if isinstance(event, kinds):
+                return event
+            raise ProtocolError(
+                f"{type(event).__name__} came where {what} was expected",
+                code="unexpected-message",
+            )
+        assert self.failure is not None
+        raise self.failure
+
+    def listen(self, listener: Callable[[Event | None], None]) -> None:
+        """From now on hand events to ``listener`` as they come; ``None`` is the end."""
+        self._listener = listener
+        while self._events:
+            listener(self._events.popleft())
+        if self.failure is not None:
+            listener(None)
+
+    def stay_alive(self, deadline: float) -> None:
+        """Send heartbeats, and give the peer up after ``deadline`` silent seconds."""
+        self._heard = self._clock.seconds()
+        self._heartbeats = LoopingCall(self._beat, deadline)
+        self._heartbeats.clock = self._clock
+        self._heartbeats.start(deadline / HEARTBEATS, now=False)
+
+    async def take_socket(self) -> socket.socket:
+        """Take the socket away from the reactor, once all that was said has been sent.
+
+        Not a byte beyond what the machine wanted has been read from it.
+
+        :raises PeerGone: the connection was lost before that.
+        """
+        self.flush()
+        limit_reads(self.transport, 0)
+        await drained(self.transport)
+        self._detached = True
+        self._stop_heartbeats()
+        sock = detach(self.transport)
+        tune_stream(sock)
+        return sock
+
+    def abandon(self, error: QmigdError) -> None:
+        """Give whoever waits for the peer this error instead."""
+        self._fail(error)
+
+    def refuse(self, error: QmigdError) -> None:
+        """Send an ERROR, unless one of the two sides has sent one already, and close."""
+        if not self._error_said and not self._detached:
+            self._error_said = True
+            self.machine.error(error.code, error.text)
+            self.flush()
+        self._fail(error)
+        self.close()
+
+    def close(self) -> None:
+        self._stop_heartbeats()
+        if self.transport is not None and not self._detached:
+            self.transport.loseConnection()
+
+    # inside
+
+    def _beat(self, deadline: float) -> None:
+        silent = self._clock.seconds() - self._heard
+        if silent >= deadline:
+            self._fail(PeerGone(f"the peer has been silent for {silent:.0f} seconds"))
+            if self.transport is not None:
+                self.transport.abortConnection()
+            return
+        self.machine.heartbeat()
+        self.flush()
+
+    def _stop_heartbeats(self) -> None:
+        if self._heartbeats is not None and self._heartbeats.running:
+            self._heartbeats.stop()
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Heartbeat):
+            return
+        if isinstance(event, Failed):
+            kind: type[QmigdError] = RemoteError if event.remote else ProtocolError
+            if event.code == "peer-gone":
+                kind = PeerGone
+            self._error_said = True
+            self._fail(kind(event.text, code=event.code))
+            return
+        if self._listener is not None:
+            self._listener(event)
+            return
+        self._events.append(event)
+        self._wake()
+
+    def _fail(self, error: QmigdError) -> None:
+        if self.failure is not None:
+            return
+        self.failure = error
+        self._stop_heartbeats()
+        if self._listener is not None:
+            self._listener(None)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            waiter.callback(None)
+
+
+async def connect_control(
+    reactor: Any, address: Address, machine: Any, deadline: float
+) -> Control:
+    """Connect to a peer's port.
+
+    :raises PeerGone: nobody answers there; the text has the reason.
+    """
+    control = Control(machine, reactor)
+    connecting = address.client(reactor).connect(Factory.forProtocol(lambda: control))
+    try:
+        await with_deadline(reactor, connecting, deadline, f"a connection to {address}")
+    except (ConnectError, DNSLookupError, DeadlineError) as error:
+        raise PeerGone(f"no qmigd can be reached at {address}: {error}") from None
+    tune_stream(control.transport.getHandle())
+    return control
+
+
+async def with_deadline(clock: IReactorTime, waiting: Deferred[T], seconds: float, what: str) -> T:
+    """Wait, but not for longer than ``seconds``.
+
+    :raises DeadlineError: ``what`` did not come in time; ``waiting`` was cancelled.
+    """
+    late = False
+
+    def expire() -> None:
+        nonlocal late
+        late = True
+        waiting.cancel()
+
+    call = clock.callLater(seconds, expire)
+    try:
+        return await waiting
+    except Exception:
+        if late:
+            raise DeadlineError(f"{what} did not come within {seconds:g} seconds") from None
+        raise
+    finally:
+        if call.active():
+            call.cancel()

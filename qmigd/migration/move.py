@@ -1,0 +1,167 @@
+"""What both sides of a migration have in common: hold on a guest, and an eye on it.
+
+A side looks at its QEMU again and again: whenever an event of QEMU's or of the
+peer's gives reason to, and every half second anyway, so that a lost event delays
+things and no more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from ..errors import GuestError, QmigdError
+from ..interfaces import Guest, GuestFacts, Role, Settings
+from ..negotiation.plan import Plan
+from .services import Services
+from .settings import compare, settings_for
+from .status import Record
+
+__all__ = ["OVER", "Move"]
+
+log = Logger()
+
+#: Seconds between two looks at QEMU when nothing happens.
+LOOK = 0.5
+
+#: QEMU's statuses that a migration does not come back from.
+OVER = frozenset({"completed", "failed", "cancelled"})
+
+
+class Move:
+    """One side of one migration.
+
+    :ivar guest: in this migration's hands once it has been attached.
+    :ivar saved: what was set on the guest's QEMU before; put back at the end.
+    """
+
+    def __init__(self, services: Services, record: Record, guest: Guest | None = None) -> None:
+        self.services = services
+        self.record = record
+        self.guest = guest
+        self.saved = Settings()
+        self.qemu_status = "none"
+        self._waiter: Deferred[None] | None = None
+        self._woken = False
+        self._unwatch: Any = None
+        self._progress: tuple[Any, ...] = ()
+        self._progressed = 0.0
+
+    # waiting
+
+    def wake(self) -> None:
+        """Something happened: look at everything now."""
+        self._woken = True
+        if self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            waiter.callback(None)
+
+    async def rest(self, seconds: float = LOOK) -> None:
+        """Wait until something happens, ``seconds`` at the most."""
+        if not self._woken:
+            self._waiter = Deferred()
+            call = self.services.reactor.callLater(seconds, self.wake)
+            await self._waiter
+            if call.active():
+                call.cancel()
+        self._woken = False
+
+    def now(self) -> float:
+        return float(self.services.reactor.seconds())
+
+    # the guest
+
+    async def attach(self, guest: Guest) -> GuestFacts:
+        """Take hold of the guest and learn what its QEMU can do."""
+        self.guest = guest
+        await guest.attach()
+        self._unwatch = guest.watch(self._heard)
+        return await guest.facts()
+
+    async def describe(self, facts: GuestFacts) -> dict[str, Any]:
+        """Return what a preflight compares, for the GUEST message."""
+        assert self.guest is not None
+        switched_on = sorted(name for name, on in facts.capabilities.items() if on)
+        return {**await self.guest.describe(), "capabilities": switched_on}
+
+    def _heard(self, name: str, data: dict[str, Any]) -> None:
+        if name == "MIGRATION_PASS" and self.record.role == "source":
+            self.record.passed(int(data.get("pass", 0)))
+        self.wake()
+
+    async def set_up(self, settings: Settings) -> Settings:
+        """Set, remember what was set before, and return what is really set now."""
+        assert self.guest is not None
+        before = await self.guest.apply(settings)
+        self.saved = before | self.saved
+        return await self.guest.readback(settings)
+
+    async def set_up_plan(
+        self, plan: Plan, guest: GuestFacts, role: Role, extra: Settings | None = None
+    ) -> Settings:
+        """Set all that the plan asks for, and see that it is set.
+
+        :raises FeatureError: QEMU took it, but does not have it.
+        """
+        wanted = settings_for(plan, self.services.features, guest, role)
+        real = await self.set_up(wanted | (extra or Settings()))
+        compare(wanted, real, role)
+        return Settings(
+            {name: real.capabilities[name] for name in wanted.capabilities},
+            {name: real.parameters[name] for name in wanted.parameters},
+        )
+
+    async def look(self) -> str:
+        """Ask QEMU how far the migration is; returns its status in QEMU's words."""
+        assert self.guest is not None
+        progress = await self.guest.query_migrate()
+        status = str(progress.get("status", "none"))
+        ram = progress.get("ram", {})
+        mark = (status, ram.get("transferred"), ram.get("postcopy-requests"))
+        if mark != self._progress:
+            self._progress = mark
+            self._progressed = self.now()
+        self.record.progressed(progress)
+        self.qemu_status = status
+        if status not in OVER and status != "none":
+            self.record.update(status=status)
+        return status
+
+    def stalled_for(self) -> float:
+        """Seconds since QEMU's migration moved at all."""
+        return self.now() - self._progressed if self._progress else 0.0
+
+    async def reason(self) -> str:
+        """What QEMU says of why its migration failed."""
+        assert self.guest is not None
+        try:
+            progress = await self.guest.query_migrate()
+        except GuestError as error:
+            return error.text
+        return str(progress.get("error-desc") or "QEMU gives no reason")
+
+    async def put_back(self) -> None:
+        """Set everything as it was before the migration."""
+        if self.guest is None or not self.saved:
+            return
+        try:
+            await self.guest.apply(self.saved)
+            self.saved = Settings()
+        except QmigdError as error:
+            log.warn(
+                "guest {guest}: its QEMU's migration settings could not be put back: {error}",
+                guest=self.guest.name,
+                error=error.text,
+            )
+
+    def let_go(self) -> None:
+        """Leave the guest to itself; harmless when that has been done before."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+        if self.guest is not None:
+            self.guest.detach()
+            self.services.guests.free(self.guest)
+            self.guest = None

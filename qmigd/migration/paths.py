@@ -1,0 +1,221 @@
+"""The three paths, from either side: how the payload gets from QEMU to QEMU.
+
+====================  =====================================  ================================
+path                  source                                 destination
+====================  =====================================  ================================
+``handover``          opens one payload channel, and hands    hands the channel that comes in
+                      its socket to QEMU                      to QEMU
+``direct``            tells QEMU host and port                has QEMU listen on a port
+``relay``             a socket for QEMU's channels, each      a channel to QEMU's socket for
+                      forwarded to the peer                   each that comes in
+====================  =====================================  ================================
+
+In the baseline form none of them is needed: the control connection itself is handed
+to QEMU.
+"""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from ..channels.attach import open_channel
+from ..channels.codecs import chain
+from ..channels.relay import (
+    ChannelEnded,
+    ChannelLost,
+    ChannelRefused,
+    DestinationRelay,
+    RelayEvent,
+    SourceRelay,
+)
+from ..errors import GuestError, MigrationError, PeerGone, ProtocolError, QmigdError
+from ..handshake.channel import ChannelHandshake
+from ..interfaces import DIRECT, HANDOVER, RELAY, Guest, ICodec
+from ..negotiation.plan import MAIN, Plan
+from ..transports.uri import Address, TcpAddress
+from ..wire.role import RoleHeader
+from .services import Services
+
+__all__ = ["DestinationPath", "SourcePath"]
+
+log = Logger()
+
+
+class _Path:
+    """What both sides have in common.
+
+    :ivar failure: why the stream cannot go on, or ``None``.
+    """
+
+    def __init__(
+        self, services: Services, plan: Plan, migration: str, secret: bytes, wake: Callable[[], Any]
+    ) -> None:
+        self.failure: QmigdError | None = None
+        self._services = services
+        self._plan = plan
+        self._migration = uuid.UUID(migration)
+        self._secret = secret
+        self._wake = wake
+        self._relay: SourceRelay | DestinationRelay | None = None
+
+    def hold(self) -> None:
+        """From here on QEMU's sockets stay open when the peer is lost (ownership)."""
+        if self._relay is not None:
+            self._relay.hold = True
+
+    def close(self) -> None:
+        """The migration is over: nothing of the path may be left."""
+        if self._relay is not None:
+            self._relay.stop().addErrback(
+                lambda failure: log.failure("a relay did not end", failure=failure)
+            )
+            self._relay = None
+
+    def _fail(self, error: QmigdError) -> None:
+        if self.failure is None:
+            self.failure = error
+            self._wake()
+
+    def _codec(self) -> Callable[[], ICodec] | None:
+        makers = [
+            self._services.features[name].codec(self._plan.agreements[name])
+            for name in self._plan.features
+        ]
+        return chain([maker for maker in makers if maker is not None])
+
+    def _heard(self, event: RelayEvent) -> None:
+        name = "a channel" if event.channel is None else f"channel {event.channel[0]}"
+        if isinstance(event, ChannelLost):
+            self._fail(PeerGone(f"{name} to the peer broke: {event.reason}"))
+        elif isinstance(event, ChannelRefused):
+            self._fail(MigrationError(event.reason))
+        elif isinstance(event, ChannelEnded):
+            self._wake()
+
+
+class SourcePath(_Path):
+    """The source's side: :meth:`open` returns what QEMU is to migrate to."""
+
+    def __init__(
+        self,
+        services: Services,
+        plan: Plan,
+        migration: str,
+        secret: bytes,
+        wake: Callable[[], Any],
+        peer: Address,
+    ) -> None:
+        super().__init__(services, plan, migration, secret, wake)
+        self._peer = peer
+
+    async def open(self, host: str, ready: Mapping[str, Any]) -> str | socket.socket:
+        """Make ready.
+
+        :param host: the peer's address, as this side reached it.
+        :param ready: the destination's STATUS that said so.
+        """
+        if self._plan.path == DIRECT:
+            port = ready.get("port")
+            if not isinstance(port, int) or not 0 < port <= 0xFFFF:
+                raise ProtocolError("the destination names no port for 'direct'", code="bad-json")
+            return str(TcpAddress(host, port))
+        if self._plan.path == HANDOVER:
+            return await self._channel(*MAIN)
+        relay = SourceRelay(
+            self._services.reactor,
+            self._services.run_dir,
+            self._plan.channels,
+            self._channel,
+            self._heard,
+            self._codec(),
+        )
+        self._relay = relay
+        return str(relay.listen())
+
+    def _channel(self, name: str, index: int) -> Deferred[socket.socket]:
+        return open_channel(
+            self._services.reactor,
+            self._peer.client(self._services.reactor),
+            ChannelHandshake(RoleHeader(self._migration, name, index), self._secret),
+            self._services.deadlines.handshake,
+        )
+
+
+class DestinationPath(_Path):
+    """The destination's side: :meth:`open` has the guest's QEMU wait for the stream."""
+
+    def __init__(
+        self,
+        services: Services,
+        plan: Plan,
+        migration: str,
+        secret: bytes,
+        wake: Callable[[], Any],
+        guest: Guest,
+    ) -> None:
+        super().__init__(services, plan, migration, secret, wake)
+        self._guest = guest
+        self._port: int | None = None
+
+    async def open(self, host: str) -> dict[str, Any]:
+        """Make ready, and return what the source has to know.
+
+        :param host: the address of this host that the source has connected to.
+        :raises QmigdError: QEMU refused, or there is no free port.
+        """
+        if self._plan.path == DIRECT:
+            return {"port": await self._listen(host)}
+        if self._plan.path == RELAY:
+            relay = DestinationRelay(
+                self._services.reactor, self._services.run_dir, self._heard, self._codec()
+            )
+            self._relay = relay
+            await self._guest.incoming(str(relay.address))
+            self._expect(list(self._plan.channels), relay.take)
+        else:
+            self._expect([MAIN], self._hand_over)
+        return {}
+
+    async def _listen(self, host: str) -> int:
+        ports = self._services.ports
+        assert ports is not None
+        refusal: GuestError | None = None
+        for port in ports.candidates(host):
+            try:
+                await self._guest.incoming(str(TcpAddress(host, port)))
+            except GuestError as error:
+                if refusal is not None and error.text == refusal.text:
+                    raise
+                # Somebody may have taken the port in between: try another one.
+                refusal = error
+                continue
+            ports.take(port)
+            self._port = port
+            return port
+        raise refusal or GuestError("QEMU could not listen on any of the direct-ports")
+
+    def _expect(
+        self, channels: list[tuple[str, int]], take: Callable[[str, int, socket.socket], None]
+    ) -> None:
+        self._services.attachments.expect(self._migration, self._secret, channels, take)
+
+    def _hand_over(self, name: str, index: int, sock: socket.socket) -> None:
+        handing = Deferred.fromCoroutine(self._guest.incoming(sock))
+        handing.addErrback(self._refused)
+
+    def _refused(self, failure: Any) -> None:
+        failure.trap(QmigdError)
+        self._fail(failure.value)
+
+    def close(self) -> None:
+        super().close()
+        self._services.attachments.forget(self._migration)
+        if self._port is not None and self._services.ports is not None:
+            self._services.ports.free(self._port)
+            self._port = None

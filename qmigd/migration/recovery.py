@@ -1,0 +1,87 @@
+"""After the daemon itself died: what becomes of the migrations that it had under way.
+
+The journal says how far each one was.  QEMU has gone on without the daemon, or has
+stopped because its relay was gone; either way the rules of
+:mod:`qmigd.migration.ownership` say whose the guest is, and what qmigd had set on
+its QEMU is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.logger import Logger
+
+from ..errors import GuestError, GuestGone, QmigdError
+from ..interfaces import Settings
+from .move import OVER, Move
+from .services import Services
+
+__all__ = ["recover"]
+
+log = Logger()
+
+
+async def recover(services: Services, migration: str, role: str, entry: Mapping[str, Any]) -> None:
+    """Bring one migration of an earlier life of the daemon to an end.  Never raises."""
+    record = services.records.new(
+        migration, entry["guest"], "source" if role == "source" else "destination", entry["peer"]
+    )
+    move = Move(services, record)
+    try:
+        move.guest = services.guests.retake(entry["guest"], entry["qmp"], migration)
+        await move.attach(move.guest)
+        move.saved = Settings(entry.get("capabilities", {}), entry.get("parameters", {}))
+        act = _source if role == "source" else _destination
+        step = await act(move, entry)
+        await move.put_back()
+    except GuestGone as gone:
+        step = f"its QEMU is gone: {gone.text}"
+    except QmigdError as error:
+        step = f"it could not be brought to an end: {error.text}"
+    except Exception:
+        log.failure("recovery of migration {id}", id=migration)
+        step = "qmigd failed in it"
+    move.let_go()
+    services.journal.forget(migration, role)
+    log.warn(
+        "migration {id} of guest {guest} was interrupted by the end of an earlier qmigd: {step}",
+        id=migration, guest=entry["guest"], step=step,
+    )
+
+
+async def _source(move: Move, entry: Mapping[str, Any]) -> str:
+    assert move.guest is not None
+    if entry["stage"] == "released":
+        return "the guest is the destination's"
+    if await move.look() not in {*OVER, "none"}:
+        await move.guest.cancel()
+    await _until_over(move)
+    if entry.get("was-running", True) and await move.guest.query_status() != "running":
+        await move.guest.cont()
+    return "the guest goes on here"
+
+
+async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
+    assert move.guest is not None
+    if entry["stage"] == "prepared":
+        return "nothing had been moved; its QEMU still waits"
+    if entry["stage"] == "receiving":
+        if await move.guest.query_status() == "running":
+            return "it runs here"
+        move.saved = Settings()
+        await move.guest.quit()
+        return "the guest is the source's; the half of it that was here was ended"
+    await _until_over(move)
+    if entry.get("run", True) and await move.guest.query_status() != "running":
+        await move.guest.cont()
+    return "the guest runs here"
+
+
+async def _until_over(move: Move) -> None:
+    """QEMU may go on without a daemon; wait as long as it makes progress."""
+    while await move.look() not in {*OVER, "none"}:
+        if move.stalled_for() > move.services.deadlines.stall:
+            raise GuestError(f"QEMU's migration hangs at {move.qemu_status}")
+        await move.rest()

@@ -1,0 +1,103 @@
+"""What the daemon gives to every migration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..channels.attach import Attachments
+from ..interfaces import Guest, GuestFacts, Host, IFeature
+from ..negotiation.policy import Policy
+from ..negotiation.terms import Conflict
+from ..transports.ports import PortRange
+from .status import Records
+
+__all__ = ["Deadlines", "Guests", "Journal", "Services"]
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long to wait for what, in seconds.
+
+    :ivar handshake: for the whole of a peer's handshake, and for each answer in it.
+    :ivar peer: without any sign of life from the peer before it counts as lost.
+    :ivar guest: for an answer from a QEMU, and for each step that it has to take.
+    """
+
+    handshake: float = 10.0
+    peer: float = 10.0
+    guest: float = 10.0
+
+    @property
+    def prepare(self) -> float:
+        """For the destination's PREPARED: its QEMU may have to be started first."""
+        return self.handshake + 3 * self.guest
+
+    @property
+    def stall(self) -> float:
+        """Without any progress of a stream before a migration counts as hung."""
+        return self.peer + 2 * self.guest
+
+
+class Guests(Protocol):
+    """The guests that are registered here."""
+
+    def take(self, name: str, migration: str) -> Guest:
+        """Reserve a guest for a migration.
+
+        :raises GuestNotFound: there is none of that name.
+        :raises GuestBusy: it is in another migration.
+        """
+
+    def retake(self, name: str, qmp: str, migration: str) -> Guest:
+        """Reserve a guest that an earlier life of the daemon had, registered or not."""
+
+    async def waiting(self, name: str | None, migration: str) -> Guest:
+        """Reserve a guest that waits for its stream; one that is launched is started.
+
+        :param name: ``None``: the only one that waits.
+        :raises GuestError: none waits, or it cannot be started.
+        """
+
+    def launched_for(self, guest: Guest, migration: str) -> bool:
+        """Whether its QEMU was started for this very migration."""
+
+    def where(self, guest: Guest) -> str:
+        """Its QMP socket's URI: what finds it again after the daemon's death."""
+
+    def free(self, guest: Guest) -> None:
+        """The migration has ended."""
+
+
+class Journal(Protocol):
+    """What must survive the daemon's death."""
+
+    def write(self, migration: str, role: str, entry: Mapping[str, Any]) -> None: ...
+
+    def forget(self, migration: str, role: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything around one migration that is not the migration itself.
+
+    :ivar conflicts: what the QEMUs of two guests, source and destination, cannot combine.
+    :ivar ports: what the destination offers for ``direct``; ``None``: nothing.
+    :ivar run_dir: where the relay's unix sockets live; only this user can look inside.
+    """
+
+    reactor: Any
+    host: Host
+    features: Mapping[str, IFeature]
+    policy: Policy
+    guests: Guests
+    records: Records
+    journal: Journal
+    attachments: Attachments
+    conflicts: Callable[[GuestFacts, GuestFacts], list[Conflict]]
+    ports: PortRange | None
+    run_dir: Path
+    deadlines: Deadlines
+    source_after: str = "keep"

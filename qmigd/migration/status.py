@@ -1,0 +1,168 @@
+"""What is known of a migration while it runs and after it: the record behind ``query-migrate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import MigrationError, QmigdError
+from ..interfaces import Role
+from ..negotiation.plan import Plan
+
+__all__ = ["ENDED", "Record", "Records"]
+
+#: QEMU's words for a migration that has ended.
+ENDED = frozenset({"completed", "failed", "cancelled"})
+
+#: How many ended migrations are remembered.
+REMEMBERED = 100
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+#: The members of QEMU's ``query-migrate`` that are passed on as they are.
+_PASSED_ON = (
+    "ram",
+    "total-time",
+    "setup-time",
+    "downtime",
+    "expected-downtime",
+    "cpu-throttle-percentage",
+    "postcopy-blocktime",
+    "blocked-reasons",
+)
+
+
+@dataclass
+class Record:
+    """One migration, on one side.
+
+    :ivar id: a UUID, the same on both sides.
+    :ivar status: in QEMU's words; ``setup`` until QEMU says another.
+    :ivar step: what is going on, for people.
+    :ivar progress: what QEMU's ``query-migrate`` said last.
+    :ivar listed: it is one of the migrations that the daemon shows and tells of.
+    """
+
+    id: str
+    guest: str
+    role: Role
+    peer: str
+    notify: Listener
+    status: str = "setup"
+    step: str = "negotiating"
+    plan: Plan | None = None
+    tunables: Mapping[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+    can_postcopy: bool = False
+    error: QmigdError | None = None
+    started: float = field(default_factory=time.time)
+    ended: float | None = None
+    times: dict[str, float] = field(default_factory=dict)
+    listed: bool = False
+    _passes: int = 0
+
+    def update(self, *, status: str | None = None, step: str | None = None) -> None:
+        """Take over a new status or step, and tell the listeners of a new status."""
+        if step is not None:
+            self.step = step
+        if status is not None and status != self.status and self.ended is None:
+            self.status = status
+            self._tell()
+
+    def progressed(self, progress: Mapping[str, Any]) -> None:
+        """Take over what QEMU's ``query-migrate`` says."""
+        for name in _PASSED_ON:
+            if name in progress:
+                self.progress[name] = progress[name]
+
+    def passed(self, number: int) -> None:
+        """A pass over the guest's RAM has begun."""
+        if number > self._passes and self.listed:
+            self._passes = number
+            self.notify("MIGRATION_PASS", {"id": self.id, "guest": self.guest, "pass": number})
+
+    def end(self, status: str, step: str, error: QmigdError | None = None) -> None:
+        """The migration has ended; nothing changes any more."""
+        if self.ended is None:
+            self.step = step
+            self.error = error
+            self.can_postcopy = False
+            self.status = status
+            self.ended = time.time()
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.listed:
+            self.notify(*self.event())
+
+    def event(self) -> tuple[str, dict[str, Any]]:
+        """Name and data of the event that tells of the present status."""
+        data: dict[str, Any] = {
+            "id": self.id,
+            "guest": self.guest,
+            "role": self.role,
+            "status": self.status,
+        }
+        if self.error is not None:
+            data["error"] = {"class": self.error.code, "desc": self.error.text}
+        return "MIGRATION", data
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in the answer to ``query-migrate``."""
+        entry: dict[str, Any] = {
+            "id": self.id,
+            "guest": self.guest,
+            "role": self.role,
+            "peer": self.peer,
+            "status": self.status,
+            "step": self.step,
+            "tunables": dict(self.tunables),
+            "postcopy": self.can_postcopy,
+            "started": self.started,
+            **self.progress,
+        }
+        if self.plan is not None:
+            entry["plan"] = self.plan.to_json()
+        if self.times:
+            entry["negotiation-time"] = round(sum(self.times.values()) * 1000, 2)
+        if self.error is not None:
+            entry["error"] = {"class": self.error.code, "desc": self.error.text}
+        if self.ended is not None:
+            entry["ended"] = self.ended
+        return entry
+
+
+class Records:
+    """All migrations that this daemon knows, the oldest first."""
+
+    def __init__(self, notify: Listener) -> None:
+        self._notify = notify
+        self._records: dict[tuple[str, Role], Record] = {}
+
+    def new(self, migration: str, guest: str, role: Role, peer: str) -> Record:
+        """Make a record; it is shown once :meth:`add` has listed it."""
+        return Record(migration, guest, role, peer, self._notify)
+
+    def add(self, record: Record) -> None:
+        """List it; old ended ones make room.
+
+        :raises MigrationError: there is one of that id in that role already.
+        """
+        key = record.id, record.role
+        if key in self._records:
+            raise MigrationError(f"there is a migration {record.id} already", code="repeated")
+        ended = [key for key, other in self._records.items() if other.ended is not None]
+        for old in ended[: max(0, len(ended) - REMEMBERED + 1)]:
+            del self._records[old]
+        self._records[key] = record
+        record.listed = True
+        record.notify(*record.event())
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(list(self._records.values()))
+
+    def of(self, name: str) -> list[Record]:
+        """The records of a guest, or those with that id."""
+        return [record for record in self._records.values() if name in (record.guest, record.id)]
