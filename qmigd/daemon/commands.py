@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred
 from .. import __version__
 from ..api import COMMANDS, nearest, schema
 from ..errors import ArgumentError, GuestNotFound, MigrationError
-from ..interfaces import PATHS, Guest, GuestFacts, Tunable
+from ..interfaces import PATHS, Guest, GuestFacts, No, Role, Tunable
 from ..migration.destination import offered
 from ..migration.services import Services
 from ..migration.source import Outgoing, new_id
@@ -87,16 +87,16 @@ class Commands:
     def _host_feature(self, name: str) -> dict[str, Any]:
         feature = self._services.features[name]
         answer = feature.probe_host(self._services.host)
-        reason = None if answer else answer.reason
+        reason = answer.reason if isinstance(answer, No) else None
         if name in self._services.policy.exclude:
             reason = "excluded by the policy"
         return _feature(name, feature.summary, reason)
 
     def _guest_feature(self, name: str, facts: GuestFacts, waits: bool) -> dict[str, Any]:
         entry = self._host_feature(name)
-        role = "destination" if waits else "source"
+        role: Role = "destination" if waits else "source"
         answer = self._services.features[name].probe_guest(facts, role)
-        if entry["offered"] and not answer:
+        if entry["offered"] and isinstance(answer, No):
             return _feature(name, entry["summary"], answer.reason)
         return entry
 

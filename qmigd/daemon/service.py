@@ -26,6 +26,7 @@ from ..migration.destination import IncomingFactory
 from ..migration.recovery import recover
 from ..migration.services import Deadlines, Services
 from ..migration.status import Records
+from ..migration.verdicts import Verdicts
 from ..negotiation.terms import Conflict
 from ..transports.ports import PortRange
 from .commands import Commands
@@ -103,6 +104,7 @@ class QmigdService(Service):
             records=self._records,
             journal=journal,
             attachments=Attachments(),
+            verdicts=Verdicts(),
             conflicts=_conflicts,
             ports=PortRange(daemon.direct_ports) if daemon.direct_ports else None,
             run_dir=run_dir,

@@ -22,7 +22,7 @@ from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
 from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError
-from ..handshake.events import Event, Failed, Heartbeat
+from ..handshake.events import Event, Failed, Greeted, Heartbeat
 from ..transports.sockets import detach, drained, limit_reads, tune_stream
 from ..transports.uri import Address
 
@@ -109,6 +109,10 @@ class Control(Protocol):
             )
         assert self.failure is not None
         raise self.failure
+
+    async def greeted(self, deadline: float) -> Greeted:
+        """Wait for the greeting, on the side that connected."""
+        return await self.next(Greeted, deadline=deadline, what="the peer's greeting")
 
     def listen(self, listener: Callable[[Event | None], None]) -> None:
         """From now on hand events to ``listener`` as they come; ``None`` is the end."""

@@ -34,6 +34,7 @@ from ..errors import (
 )
 from ..handshake.destination import DestinationHandshake
 from ..handshake.events import (
+    Asked,
     CancelAsked,
     ChannelOpened,
     Event,
@@ -118,8 +119,19 @@ class IncomingConnection(Control):
         elif isinstance(event, Selected):
             move = Incoming(self._services, self, event)
             Deferred.fromCoroutine(move.serve())
+        elif isinstance(event, Asked):
+            self._answer(event)
         else:
             super()._take(event)
+
+    def _answer(self, event: Asked) -> None:
+        try:
+            self.machine.outcome(self._services.verdicts.answer(event))
+        except ProtocolError as error:
+            self.refuse(error)
+            return
+        self.flush()
+        self.close()
 
     def _attach(self, event: ChannelOpened) -> None:
         self.expect_within(None)
@@ -155,6 +167,7 @@ class Incoming(Move):
         self._path: DestinationPath | None = None
         self._baseline = False
         self._receiving = False
+        self._secret = b""
         self._owned = Owned.NO
         self._run = True
         self._ran: bool | None = False
@@ -260,6 +273,7 @@ class Incoming(Move):
             prepared["settings"] = settings_to_wire(real)
         self._secret = secrets.token_bytes(SECRET_SIZE)
         prepared["secret"] = self._secret.hex()
+        services.verdicts.expect(self.record.id, self._secret)
         for name in self._selected:
             if name in agreements:
                 machine.feature(name, agreements[name])
@@ -373,6 +387,7 @@ class Incoming(Move):
             state = await self.guest.query_status()
         if state == "running" or (state != "inmigrate" and not self._run):
             self._ran = True
+            self.services.verdicts.settle(self.record.id, True)
             if not self._told_running:
                 self._told_running = True
                 self._control.machine.status({"running": True, "status": status})
@@ -402,6 +417,7 @@ class Incoming(Move):
         assert self.guest is not None
         self._note("released")
         self._owned = Owned.YES
+        self.record.owner = "destination"
         self._ran = None
         if self._path is not None:
             self._path.hold()
@@ -425,6 +441,7 @@ class Incoming(Move):
         """Leave this host in order, whatever happened."""
         if error is not None:
             await self._recover()
+            self.services.verdicts.settle(self.record.id, self._ran)
         self._report(error)
         if self._path is not None:
             self._path.close()
@@ -489,6 +506,7 @@ class Incoming(Move):
                 "qmp": self.services.guests.where(self.guest),
                 "peer": self.record.peer,
                 "stage": stage,
+                "secret": self._secret.hex(),
                 "run": self._run,
                 "capabilities": dict(self.saved.capabilities),
                 "parameters": dict(self.saved.parameters),

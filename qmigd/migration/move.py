@@ -19,7 +19,7 @@ from .services import Services
 from .settings import compare, settings_for
 from .status import Record
 
-__all__ = ["OVER", "Move"]
+__all__ = ["LOOK", "OVER", "Move"]
 
 log = Logger()
 

@@ -15,8 +15,10 @@ from twisted.logger import Logger
 
 from ..errors import GuestError, GuestGone, QmigdError
 from ..interfaces import Settings
+from ..transports.uri import parse_uri
 from .move import OVER, Move
 from .services import Services
+from .verdicts import ask
 
 __all__ = ["recover"]
 
@@ -34,9 +36,13 @@ async def recover(services: Services, migration: str, role: str, entry: Mapping[
         await move.attach(move.guest)
         move.saved = Settings(entry.get("capabilities", {}), entry.get("parameters", {}))
         act = _source if role == "source" else _destination
+        if role == "destination":
+            services.verdicts.expect(migration, bytes.fromhex(entry.get("secret", "")))
         step = await act(move, entry)
         await move.put_back()
     except GuestGone as gone:
+        if role == "destination" and entry["stage"] != "released":
+            services.verdicts.settle(migration, False)
         step = f"its QEMU is gone: {gone.text}"
     except QmigdError as error:
         step = f"it could not be brought to an end: {error.text}"
@@ -53,7 +59,7 @@ async def recover(services: Services, migration: str, role: str, entry: Mapping[
 
 async def _source(move: Move, entry: Mapping[str, Any]) -> str:
     assert move.guest is not None
-    if entry["stage"] == "released":
+    if entry["stage"] == "released" and not await _never_ran(move, entry):
         return "the guest is the destination's"
     if await move.look() not in {*OVER, "none"}:
         await move.guest.cancel()
@@ -63,19 +69,36 @@ async def _source(move: Move, entry: Mapping[str, Any]) -> str:
     return "the guest goes on here"
 
 
+async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
+    """Whether the destination says so of a guest that was released to it."""
+    services = move.services
+    try:
+        peer, secret = parse_uri(entry["peer"]), bytes.fromhex(entry["secret"])
+        answer = await ask(
+            services.reactor, peer, move.record.id, secret, services.deadlines.handshake
+        )
+    except (QmigdError, KeyError, ValueError) as error:
+        log.info("no answer on migration {id}: {error}", id=move.record.id, error=str(error))
+        return False
+    return answer.get("ran") is False
+
+
 async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
     assert move.guest is not None
     if entry["stage"] == "prepared":
         return "nothing had been moved; its QEMU still waits"
     if entry["stage"] == "receiving":
         if await move.guest.query_status() == "running":
+            move.services.verdicts.settle(move.record.id, True)
             return "it runs here"
         move.saved = Settings()
         await move.guest.quit()
+        move.services.verdicts.settle(move.record.id, False)
         return "the guest is the source's; the half of it that was here was ended"
     await _until_over(move)
     if entry.get("run", True) and await move.guest.query_status() != "running":
         await move.guest.cont()
+    move.services.verdicts.settle(move.record.id, True)
     return "the guest runs here"
 
 

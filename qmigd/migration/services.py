@@ -13,6 +13,7 @@ from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.ports import PortRange
 from .status import Records
+from .verdicts import Verdicts
 
 __all__ = ["Deadlines", "Guests", "Journal", "Services"]
 
@@ -34,6 +35,11 @@ class Deadlines:
     def prepare(self) -> float:
         """For the destination's PREPARED: its QEMU may have to be started first."""
         return self.handshake + 3 * self.guest
+
+    @property
+    def ask(self) -> float:
+        """For the answer of a lost destination to what became of a released guest."""
+        return 6 * self.peer
 
     @property
     def stall(self) -> float:
@@ -96,6 +102,7 @@ class Services:
     records: Records
     journal: Journal
     attachments: Attachments
+    verdicts: Verdicts
     conflicts: Callable[[GuestFacts, GuestFacts], list[Conflict]]
     ports: PortRange | None
     run_dir: Path

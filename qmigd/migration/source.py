@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ..errors import (
@@ -33,7 +34,6 @@ from ..errors import (
 from ..handshake.events import (
     Event,
     FeatureSaid,
-    Greeted,
     Outcome,
     Prepared,
     StatusSaid,
@@ -47,12 +47,13 @@ from ..negotiation.terms import Terms, Traits, expect
 from ..transports.uri import Address
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
-from .move import OVER, Move
+from .move import LOOK, OVER, Move
 from .ownership import Act, Peer, Released, on_source_failure
 from .paths import SourcePath
 from .services import Services
 from .settings import compare, settings_for, settings_from_wire
 from .status import Record
+from .verdicts import ask
 
 __all__ = ["Outgoing"]
 
@@ -65,6 +66,9 @@ _NOT_MOVABLE = {
     "internal-error": "QEMU stopped it because of an internal error",
     "shutdown": "it has shut down",
 }
+
+
+_PEER = {True: Peer.RUNS, False: Peer.NEVER_RAN, None: Peer.UNKNOWN}
 
 
 class Cancelled(MigrationError):
@@ -205,7 +209,7 @@ class Outgoing(Move):
         machine = SourceHandshake()
         control = await connect_control(services.reactor, self._uri, machine, deadline)
         self._control = control
-        greeted = await control.next(Greeted, deadline=deadline, what="the peer's greeting")
+        greeted = await control.greeted(deadline)
         self.record.times["greeting"] = self.now() - begun
 
         candidates, left_out = self._candidates(greeted.features, facts)
@@ -355,7 +359,9 @@ class Outgoing(Move):
                 "postcopy" in services.features[name].abilities for name in plan.features
             )
         await self._watch()
-        if not self._baseline:
+        if self._baseline:
+            self.record.owner = "destination"
+        else:
             await self._hand_over()
 
     async def _until_ready(self) -> None:
@@ -395,8 +401,7 @@ class Outgoing(Move):
 
     def _raise_if_over(self) -> None:
         """Give up where there is reason to and the guest is still ours."""
-        if self._outcome is not None and not self._outcome.body.get("ran", False):
-            self._peer = Peer.NEVER_RAN
+        if self._outcome is not None and "error" in self._outcome.body:
             raise _from_outcome(self._outcome)
         if self._released is Released.YES:
             return
@@ -419,7 +424,7 @@ class Outgoing(Move):
                 self._peer = Peer.RUNS
         elif isinstance(event, Outcome):
             self._outcome = event
-            self._peer = Peer.RUNS if event.body.get("ran") else Peer.NEVER_RAN
+            self._peer = _PEER[event.body.get("ran")]
         if (event is None or self._outcome is not None) and self._release_taken is not None:
             taken, self._release_taken = self._release_taken, None
             taken.errback(
@@ -434,6 +439,7 @@ class Outgoing(Move):
             raise self._control.failure
         self._note("released")
         self._released = Released.YES
+        self.record.owner = "destination"
         if self._peer is Peer.NEVER_RAN:
             self._peer = Peer.UNKNOWN
         if self._path is not None:
@@ -450,11 +456,34 @@ class Outgoing(Move):
         end = self.now() + self.services.deadlines.stall
         while self._outcome is None:
             if self._control.failure is not None:
-                raise self._control.failure
+                await self._ask()
+                if self._peer is not Peer.RUNS:
+                    raise self._control.failure
+                return
             if self.now() >= end:
                 raise PeerGone("the destination does not say what became of the guest")
             await self.rest()
         self._raise_if_over()
+
+    async def _ask(self) -> None:
+        """RELEASE was sent and the connection lost: find out whether the guest arrived."""
+        self.record.update(step="asking the destination whether the guest has arrived")
+        end = self.now() + self.services.deadlines.ask
+        while self._peer is Peer.UNKNOWN and self.now() < end:
+            try:
+                answer = await ask(
+                    self.services.reactor,
+                    self._uri,
+                    self.record.id,
+                    self._secret,
+                    self.services.deadlines.handshake,
+                )
+            except QmigdError as error:
+                log.info("no answer from {peer}: {error}", peer=self._uri, error=error.text)
+            else:
+                self._peer = _PEER[answer.get("ran")]
+            if self._peer is Peer.UNKNOWN:
+                await deferLater(self.services.reactor, LOOK)
 
     # the end
 
@@ -487,6 +516,8 @@ class Outgoing(Move):
         if guest is None or not self._started:
             return "not begun; the guest goes on here"
         try:
+            if self._released is Released.YES:
+                await self._ask()
             await self._end_qemus_migration()
             act = on_source_failure(self._released, self._peer)
             if act is Act.LEAVE:
@@ -550,6 +581,7 @@ class Outgoing(Move):
                 "qmp": self.services.guests.where(self.guest),
                 "peer": self.record.peer,
                 "stage": stage,
+                "secret": self._secret.hex(),
                 "was-running": self._was_running,
                 "capabilities": dict(self.saved.capabilities),
                 "parameters": dict(self.saved.parameters),

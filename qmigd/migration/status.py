@@ -41,6 +41,7 @@ class Record:
     :ivar id: a UUID, the same on both sides.
     :ivar status: in QEMU's words; ``setup`` until QEMU says another.
     :ivar step: what is going on, for people.
+    :ivar owner: whose the guest is (:mod:`qmigd.migration.ownership`).
     :ivar progress: what QEMU's ``query-migrate`` said last.
     :ivar listed: it is one of the migrations that the daemon shows and tells of.
     """
@@ -55,6 +56,7 @@ class Record:
     plan: Plan | None = None
     tunables: Mapping[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+    owner: Role = "source"
     can_postcopy: bool = False
     error: QmigdError | None = None
     started: float = field(default_factory=time.time)
@@ -120,6 +122,7 @@ class Record:
             "step": self.step,
             "tunables": dict(self.tunables),
             "postcopy": self.can_postcopy,
+            "owner": self.owner,
             "started": self.started,
             **self.progress,
         }
