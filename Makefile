@@ -1,0 +1,75 @@
+# What there is to do with this tree; `make` alone explains it.
+#
+# Every target sets up what it needs, and does so only once: Python's packages in
+# .venv, other versions of QEMU in .cache.  Nothing else is touched but for the
+# system's own packages, where this user may install them.
+
+PYTHON ?= python3
+TESTS ?= tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+HOST := tests/rig/host.sh
+
+.PHONY: help setup qemus demo test lint bench docs clean
+
+help:
+	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how"
+	@echo "make test   run all tests; TESTS=tests.test_rig for some of them"
+	@echo "make lint   check style (ruff) and types (mypy)"
+	@echo "make bench  measure, and write one table"
+	@echo "make docs   build the documentation into build/docs"
+	@echo "make clean  remove everything that the others have made"
+	@echo
+	@echo "Each of them can be the first: it sets up what it needs in .venv and .cache."
+	@echo "PYTHON=/path/to/python3.11 chooses the Python to start with (now: $(PYTHON))."
+
+demo: setup
+	@$(HOST) qemu-system-x86_64
+	@$(BIN)/python -m tests.demo
+
+test: setup qemus
+	@$(BIN)/trial --temp-directory=build/trial $(TESTS)
+
+lint: setup
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary
+
+bench: setup
+	@$(HOST) qemu-system-x86_64 socat haproxy
+	@$(BIN)/python -m tests.bench
+
+docs: setup
+	@$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+clean:
+	@rm -rf $(VENV) .cache build dist *.egg-info
+	@rm -rf .hypothesis .mypy_cache .ruff_cache _trial_temp*
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+	@find . -name dropin.cache -exec rm -f {} +
+
+# -- set-up ---------------------------------------------------------------------
+
+setup: $(VENV)/.qmigd
+
+qemus: setup
+	@$(HOST) qemu-system-x86_64 ip
+	@$(BIN)/python -m tests.rig.qemus
+
+$(VENV)/.python:
+	@$(HOST) --python $(PYTHON)
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.python
+	@echo "Installing Python packages ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.qmigd: setup.py pyproject.toml $(VENV)/.requirements
+	@echo "Installing qmigd from this tree ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
