@@ -1,0 +1,258 @@
+"""The commands and the events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ..errors import CommandNotFound
+from .check import nearest
+from .declare import DICT, INT, STR, Command, Event, ListOf, Member
+from .shapes import (
+    COMMAND_INFO,
+    ERROR,
+    FEATURES,
+    GUEST,
+    MIGRATE,
+    MIGRATION,
+    ROLE,
+    SCHEMA_INFO,
+    TUNABLE,
+    VERSION,
+)
+
+__all__ = ["COMMANDS", "EVENTS", "command"]
+
+_NAMED = Member("guest", STR, "the guest's name, as in `query-guests`.")
+_NO_GUEST = ("guest-not-found", "There is no guest of that name.")
+_BUSY = ("guest-busy", "The guest is being migrated, or another client has its QMP socket.")
+_GONE = ("guest-gone", "The guest's QEMU cannot be reached.")
+_NO_PEER = ("peer-gone", "The peer cannot be reached.")
+_SLOW = ("deadline", "The peer or the guest's QEMU did not answer in time.")
+_NO_MIGRATION = ("migration", "The guest is not being migrated from here.")
+_TUNABLES = (
+    "values by QEMU's own names, as in `query-tunables`. A string is turned into whatever type "
+    'QEMU declares for that name, so `"4"` does where `4` would.'
+)
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        declared.name: declared
+        for declared in (
+            Command(
+                "query-version",
+                "Return the version of qmigd and of the handshake that it speaks.",
+                returns=VERSION,
+            ),
+            Command(
+                "query-commands",
+                "Return the names of all commands.\n\n"
+                "Beside them there is `qmp_capabilities`, which a client gives first, as it "
+                "would to QEMU.",
+                returns=ListOf(COMMAND_INFO),
+            ),
+            Command(
+                "query-qmp-schema",
+                "Return the schema of all commands and events.\n\n"
+                "The format is that of QEMU's command of the same name, so that tools which "
+                "read QEMU's schema can read this one.",
+                returns=ListOf(SCHEMA_INFO),
+            ),
+            Command(
+                "query-guests",
+                "Return the guests that this daemon knows, with their states.",
+                returns=ListOf(GUEST),
+            ),
+            Command(
+                "guest-add",
+                "Register a running QEMU under a name, so that it can be migrated.\n\n"
+                "It is forgotten when the daemon ends. A guest that the daemon is to know "
+                "always, or a QEMU that the daemon is to start itself, belongs in the "
+                "configuration file. To receive a guest, start a QEMU with `-incoming defer` "
+                "and register it here.",
+                (
+                    Member("name", STR, "what the commands are to call the guest."),
+                    Member(
+                        "qmp",
+                        STR,
+                        "the QMP socket of its QEMU, `unix:/path`, given to QEMU as "
+                        "`-qmp unix:/path,server=on,wait=off`.",
+                    ),
+                ),
+                errors=(("guest-busy", "There is a guest of that name already."),),
+            ),
+            Command(
+                "guest-remove",
+                "Forget a guest that was registered with `guest-add`.\n\nIts QEMU is left alone.",
+                (Member("name", STR, "the guest's name."),),
+                errors=(
+                    _NO_GUEST,
+                    (
+                        "guest-busy",
+                        "The guest is being migrated, or stands in the configuration file.",
+                    ),
+                ),
+            ),
+            Command(
+                "query-features",
+                "Return what can be negotiated, and why the rest cannot.\n\n"
+                "Without arguments: what this host can do. With a guest: what this host can do "
+                "with this guest. With the URI of a peer as well: what a migration of this "
+                "guest to that peer would use. No guest is touched in any of the three.",
+                (
+                    Member("guest", STR, "the guest's name.", optional=True),
+                    Member(
+                        "uri",
+                        STR,
+                        "where the peer's qmigd listens, `tcp:host:port`; needs `guest`.",
+                        optional=True,
+                    ),
+                ),
+                FEATURES,
+                (_NO_GUEST, _BUSY, _GONE, _NO_PEER, _SLOW),
+            ),
+            Command(
+                "query-tunables",
+                "Return the migration parameters that can be set for a guest.\n\n"
+                "They are read out of the guest's own QEMU. None has to be set. What is "
+                "negotiated (features, TLS, ports) is not among them.",
+                (_NAMED,),
+                ListOf(TUNABLE),
+                (_NO_GUEST, _BUSY, _GONE, _SLOW),
+            ),
+            Command(
+                "migrate",
+                "Move a guest to the host where another qmigd listens.\n\n"
+                "Features need not be chosen: the two daemons use what both hosts, both QEMUs "
+                "and the guest can do.\n\n"
+                "Once accepted, the migration runs on its own: `query-migrate` and the "
+                "`MIGRATION` event show how it goes on. Whatever fails before the guest has "
+                "passed to the destination, it goes on running here.\n\n"
+                "`prefer`, `require` and `exclude` take names of features, as in "
+                "`query-features`, and of paths: `direct`, `handover`, `relay`. They are added "
+                "to the policy in the configuration file; what contradicts it is refused.",
+                (
+                    _NAMED,
+                    Member("uri", STR, "where the destination's qmigd listens, `tcp:host:port`."),
+                    Member("tunables", DICT, _TUNABLES, optional=True),
+                    Member(
+                        "prefer",
+                        ListOf(STR),
+                        "taken first where two exclude each other, in this order.",
+                        optional=True,
+                    ),
+                    Member(
+                        "require",
+                        ListOf(STR),
+                        "the migration is refused if one of these cannot be had.",
+                        optional=True,
+                    ),
+                    Member("exclude", ListOf(STR), "not to be used.", optional=True),
+                ),
+                MIGRATE,
+                (
+                    _NO_GUEST,
+                    _BUSY,
+                    _GONE,
+                    (
+                        "argument",
+                        "A value is wrong, a name is unknown, or a tunable is a feature.",
+                    ),
+                ),
+            ),
+            Command(
+                "query-migrate",
+                "Return migrations, running ones and the most recent of those that are over.\n\n"
+                "Without arguments all that the daemon remembers, the oldest first.",
+                (
+                    Member("guest", STR, "only those of this guest.", optional=True),
+                    Member("id", STR, "only the one with this id.", optional=True),
+                ),
+                ListOf(MIGRATION),
+                (_NO_GUEST, ("migration", "There is no migration with that id.")),
+            ),
+            Command(
+                "migrate-start-postcopy",
+                "Switch a running migration to postcopy.\n\n"
+                "The guest stops here and goes on at the destination at once, which fetches the "
+                "rest of the RAM as the guest needs it. It always comes to an end, however fast "
+                "the guest writes to its RAM; but from then on the guest belongs to the "
+                "destination. It is possible when `query-migrate` says `postcopy`.",
+                (_NAMED,),
+                errors=(
+                    _NO_GUEST,
+                    _NO_MIGRATION,
+                    ("feature", "This migration was negotiated without postcopy."),
+                    ("guest", "QEMU refused."),
+                ),
+            ),
+            Command(
+                "migrate-cancel",
+                "Cancel a running migration.\n\n"
+                "The guest goes on running here. It returns once the request was taken; the "
+                "end is seen in `query-migrate` and in the `MIGRATION` event. After postcopy "
+                "has begun it is too late.",
+                (_NAMED,),
+                errors=(
+                    _NO_GUEST,
+                    _NO_MIGRATION,
+                    ("migration", "The guest has passed to the destination already."),
+                ),
+            ),
+            Command(
+                "migrate-set-parameters",
+                "Set tunables of a migration while it runs.\n\n"
+                "They are put back to what they were when the migration is over.",
+                (_NAMED, Member("tunables", DICT, _TUNABLES)),
+                errors=(
+                    _NO_GUEST,
+                    _NO_MIGRATION,
+                    ("argument", "A name is a feature, or is unknown to the guest's QEMU."),
+                    ("guest", "QEMU refused a value; the text has its words."),
+                ),
+            ),
+        )
+    }
+)
+
+
+EVENTS: Mapping[str, Event] = MappingProxyType(
+    {
+        declared.name: declared
+        for declared in (
+            Event(
+                "MIGRATION",
+                "The status of a migration has changed.",
+                (
+                    Member("id", STR, "The migration."),
+                    Member("guest", STR, "The guest, by its name on this side."),
+                    Member("role", ROLE, "Which side this daemon is."),
+                    Member("status", STR, "As in `query-migrate`."),
+                    Member("error", ERROR, "Why it failed.", optional=True),
+                ),
+            ),
+            Event(
+                "MIGRATION_PASS",
+                "The source's QEMU begins another pass over the guest's RAM.",
+                (
+                    Member("id", STR, "The migration."),
+                    Member("guest", STR, "The guest, by its name on this side."),
+                    Member("pass", INT, "Which pass, from 1."),
+                ),
+            ),
+        )
+    }
+)
+
+
+def command(name: str) -> Command:
+    """Return the command of that name.
+
+    :raises CommandNotFound: there is none; the text has the nearest names.
+    """
+    try:
+        return COMMANDS[name]
+    except KeyError:
+        raise CommandNotFound(
+            f"There is no command '{name}'{nearest(name, COMMANDS) or '.'}"
+        ) from None

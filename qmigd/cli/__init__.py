@@ -1,0 +1,1 @@
+"""``qmigctl``: drives a qmigd from a terminal or from a script."""

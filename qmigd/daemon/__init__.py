@@ -1,0 +1,1 @@
+"""The daemon: its service, its configuration, and its management socket."""

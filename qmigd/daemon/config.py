@@ -1,0 +1,309 @@
+"""The configuration file: TOML in, frozen dataclasses out, everything checked.
+
+The file is checked as a whole, and all that is wrong with it is said at once,
+each problem with its key and, where it can be known, its line.  Every key has a
+default, so that an empty file is a good one.
+
+Names of features in ``[policy]`` cannot be checked here, because features are
+plugins: :func:`unknown_names` does it when they have been loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..api import default_socket, nearest
+from ..errors import ArgumentError, ConfigError
+from ..interfaces import PATHS
+from ..negotiation.policy import Policy
+from ..transports.uri import Address, TcpAddress
+from . import config_values as values
+from .toml_lines import Key, find_lines, syntax_error_line
+
+__all__ = [
+    "Config",
+    "DaemonConfig",
+    "GuestConfig",
+    "default_state_dir",
+    "guest_config",
+    "load",
+    "parse",
+    "unknown_names",
+]
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    """``[daemon]``.
+
+    :ivar listen: where peers connect.
+    :ivar monitor: path of the management socket.
+    :ivar state_dir: where the daemon keeps what it needs between two runs, and
+        the sockets between itself and QEMU.
+    :ivar direct_ports: ports that the QEMUs of destinations may listen on; empty
+        where none are offered.
+    :ivar insecure: listening beyond loopback without TLS is allowed.
+    :ivar handshake_deadline: seconds that a peer has for the handshake.
+    :ivar peer_deadline: seconds without a sign of life after which a peer is lost.
+    :ivar guest_deadline: seconds that a QEMU has for an answer.
+    """
+
+    listen: tuple[Address, ...]
+    monitor: str
+    state_dir: Path
+    direct_ports: range
+    insecure: bool
+    handshake_deadline: float
+    peer_deadline: float
+    guest_deadline: float
+
+
+@dataclass(frozen=True)
+class GuestConfig:
+    """``[guest.NAME]``: a QEMU that runs, or one that the daemon starts to receive a guest.
+
+    :ivar qmp: path of its QMP socket, or ``None``.
+    :ivar launch: the command that starts it, or empty.
+    """
+
+    name: str
+    qmp: str | None = None
+    launch: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole file.
+
+    :ivar policy: features and paths that the operator prefers, requires, excludes.
+    :ivar source_after: what becomes of the source's QEMU after a good migration.
+    """
+
+    daemon: DaemonConfig
+    policy: Policy = field(default_factory=Policy)
+    source_after: Literal["keep", "quit"] = "keep"
+    guests: Mapping[str, GuestConfig] = field(default_factory=dict)
+
+
+def load(path: str, environ: Mapping[str, str], uid: int) -> Config:
+    """Read and check a file.
+
+    :param environ: the process's environment.
+    :param uid: the process's user, on whom the default paths depend.
+    :raises ConfigError: the file cannot be read, or something in it is wrong.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no configuration file {path}; conf/qmigd.toml of the distribution "
+            f"is one to begin with."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 from byte {error.start} on.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    return parse(text, path, environ, uid)
+
+
+def parse(text: str, source: str, environ: Mapping[str, str], uid: int) -> Config:
+    """Check the text of a file.
+
+    :param source: what the file is called in errors.
+    :raises ConfigError: something is wrong; the text has everything that is.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line = syntax_error_line(error)
+        where = f", line {line}" if line else ""
+        raise ConfigError(f"{source}{where}: this is not TOML: {error}.") from None
+    reader = _Reader(document, environ, uid)
+    config = reader.config()
+    if reader.problems:
+        raise ConfigError(_report(source, reader.problems, find_lines(text)))
+    return config
+
+
+def guest_config(name: str, qmp: str) -> GuestConfig:
+    """Check the name and the QMP socket's URI that ``guest-add`` was given.
+
+    :raises ArgumentError: one of them is wrong.
+    """
+    try:
+        values.guest_name(name)
+        return GuestConfig(name, values.unix_path(qmp))
+    except values.BadValue as error:
+        raise ArgumentError(f"guest-add: {error}.") from None
+
+
+def unknown_names(policy: Policy, features: Iterable[str]) -> list[str]:
+    """Return the names in a policy that are neither of a feature nor of a path."""
+    return list(policy.unknown([*features, *PATHS]))
+
+
+def default_state_dir(environ: Mapping[str, str], uid: int) -> Path:
+    """Return ``/var/lib/qmigd`` for root, and a place of one's own for anybody else."""
+    if uid != 0:
+        for variable, below in (("XDG_STATE_HOME", "qmigd"), ("HOME", ".local/state/qmigd")):
+            if os.path.isabs(base := environ.get(variable, "")):
+                return Path(base, below)
+    return Path("/var/lib/qmigd")
+
+
+def _report(source: str, problems: Sequence[tuple[Key, str]], lines: Mapping[Key, int]) -> str:
+    found = []
+    for key, sentence in problems:
+        # what is missing has no line of its own: its table's will do
+        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), 0)
+        found.append((line, sentence if sentence.endswith("?") else f"{sentence}."))
+    found.sort()
+    if len(found) == 1:
+        line, sentence = found[0]
+        return f"{source}{f', line {line}' if line else ''}: {sentence}"
+    said = [f"line {line}: {sentence}" if line else sentence for line, sentence in found]
+    return "\n  ".join([f"{source} has {len(said)} problems:", *said])
+
+
+_Read = Callable[[Any], Any]
+
+_DAEMON: Mapping[str, _Read] = {
+    "listen": values.listen,
+    "monitor": values.unix_path,
+    "state-dir": values.directory,
+    "direct-ports": values.ports,
+    "insecure": values.flag,
+    "handshake-deadline": values.seconds,
+    "peer-deadline": values.seconds,
+    "guest-deadline": values.seconds,
+}
+_POLICY: Mapping[str, _Read] = {
+    "prefer": values.names,
+    "require": values.names,
+    "exclude": values.names,
+    "source-after": values.source_after,
+}
+_GUEST: Mapping[str, _Read] = {"qmp": values.unix_path, "launch": values.launch}
+_TABLES = ("daemon", "policy", "guest")
+
+
+class _Reader:
+    """Reads a document, and collects what is wrong with it."""
+
+    def __init__(self, document: dict[str, Any], environ: Mapping[str, str], uid: int) -> None:
+        self._document = document
+        self._environ = environ
+        self._uid = uid
+        self.problems: list[tuple[Key, str]] = []
+
+    def config(self) -> Config:
+        """Return what could be read; of no use if there are problems."""
+        for name in self._document:
+            if name not in _TABLES:
+                self._problem((name,), f"there is nothing called '{name}'{nearest(name, _TABLES)}")
+        policy = self._section(("policy",), _POLICY)
+        lists = {name: policy.get(name, ()) for name in ("prefer", "require", "exclude")}
+        for name in lists["exclude"]:
+            for other in ("prefer", "require"):
+                if name in lists[other]:
+                    self._problem(
+                        ("policy", "exclude"), f"[policy] has '{name}' in {other} and in exclude"
+                    )
+        return Config(
+            self._daemon(), Policy(**lists), policy.get("source-after", "keep"), self._guests()
+        )
+
+    def _daemon(self) -> DaemonConfig:
+        found = self._section(("daemon",), _DAEMON)
+        config = DaemonConfig(
+            listen=found.get("listen", values.listen([values.LISTEN])),
+            monitor=found.get("monitor", default_socket(self._environ, self._uid)[len("unix:") :]),
+            state_dir=found.get("state-dir", default_state_dir(self._environ, self._uid)),
+            direct_ports=found.get("direct-ports", values.ports(values.PORTS)),
+            insecure=found.get("insecure", False),
+            handshake_deadline=found.get("handshake-deadline", 10.0),
+            peer_deadline=found.get("peer-deadline", 10.0),
+            guest_deadline=found.get("guest-deadline", 10.0),
+        )
+        for address in config.listen:
+            if not config.insecure and not address.is_loopback:
+                self._problem(
+                    ("daemon", "listen"),
+                    f'[daemon] listen has "{address}", which other hosts can reach, and there is '
+                    f"no TLS yet: everybody on the way could read a guest's RAM, and anybody "
+                    f"could send a guest. Listen on a loopback address or, in a network that "
+                    f"only hypervisors can reach, say 'insecure = true'",
+                )
+            if isinstance(address, TcpAddress) and address.port in config.direct_ports:
+                self._problem(
+                    ("daemon", "direct-ports"),
+                    f"[daemon] direct-ports has {address.port} in it, where the daemon listens",
+                )
+        return config
+
+    def _guests(self) -> dict[str, GuestConfig]:
+        guests = {}
+        owners: dict[str, str] = {}
+        for name, section in self._table(("guest",), "[guest.NAME]").items():
+            key = ("guest", name)
+            try:
+                values.guest_name(name)
+            except values.BadValue as error:
+                self._problem(key, f"[guest] {error}")
+            found = self._section(key, _GUEST)
+            if isinstance(section, dict) and ("qmp" in section) == ("launch" in section):
+                self._problem(
+                    key,
+                    f"{_title(key)} needs exactly one of qmp, the socket of a QEMU that runs, "
+                    f"and launch, the command that starts one to receive a guest",
+                )
+            guest = GuestConfig(name, found.get("qmp"), found.get("launch", ()))
+            if guest.qmp is not None and owners.setdefault(guest.qmp, name) != name:
+                self._problem(
+                    (*key, "qmp"),
+                    f"{_title(key)} has the QMP socket of [guest.{owners[guest.qmp]}]; it is "
+                    f"one QEMU, and one guest",
+                )
+            if guest.launch and not shutil.which(guest.launch[0], path=self._environ.get("PATH")):
+                self._problem(
+                    (*key, "launch"),
+                    f"{_title(key)} launch: there is no program '{guest.launch[0]}'",
+                )
+            guests[name] = guest
+        return guests
+
+    def _table(self, key: Key, title: str) -> dict[str, Any]:
+        value: Any = self._document
+        for part in key:
+            value = value.get(part, {}) if isinstance(value, dict) else {}
+        if isinstance(value, dict):
+            return value
+        self._problem(key, f"'{'.'.join(key)}' must be a table {title}, not {values.kind(value)}")
+        return {}
+
+    def _section(self, key: Key, readers: Mapping[str, _Read]) -> dict[str, Any]:
+        """Return what could be read of a table, by its keys."""
+        found = {}
+        for name, value in self._table(key, _title(key)).items():
+            if name not in readers:
+                others = nearest(name, readers) or f"; there are {', '.join(readers)}"
+                self._problem((*key, name), f"{_title(key)} has no key '{name}'{others}")
+                continue
+            try:
+                found[name] = readers[name](value)
+            except values.BadValue as error:
+                self._problem((*key, name), f"{_title(key)} {name} {error}")
+        return found
+
+    def _problem(self, key: Key, sentence: str) -> None:
+        self.problems.append((key, sentence))
+
+
+def _title(key: Key) -> str:
+    return f"[{'.'.join(key)}]"

@@ -1,0 +1,198 @@
+"""Single values of the configuration: what TOML has is checked and turned into ours.
+
+What is wrong is raised as :class:`BadValue` with the end of a sentence that begins
+with the key: ``[daemon] listen`` *must be a list of strings, not a string*.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ArgumentError
+from ..transports.uri import DEFAULT_PORT, Address, UnixAddress, parse_uri
+
+__all__ = [
+    "LISTEN",
+    "PORTS",
+    "BadValue",
+    "directory",
+    "flag",
+    "guest_name",
+    "kind",
+    "launch",
+    "listen",
+    "names",
+    "ports",
+    "seconds",
+    "source_after",
+    "text",
+    "texts",
+    "unix_path",
+]
+
+#: Bytes in a guest's name: what a file name may have.
+_GUEST_NAME = 255
+#: Seconds in the longest deadline that makes sense.
+_DAY = 86400
+_PORT = re.compile("[0-9]{1,5}")
+
+#: The ports that are offered where nothing was said: the first of those that
+#: RFC 6335 leaves to anybody.
+PORTS = "49152-49215"
+#: Where a daemon listens where nothing was said.
+LISTEN = f"tcp:127.0.0.1:{DEFAULT_PORT}"
+
+
+class BadValue(Exception):
+    """The value is of no use; the text ends a sentence that began with the key."""
+
+
+def text(value: Any) -> str:
+    """A string with something in it."""
+    if not isinstance(value, str):
+        raise BadValue(f"must be a string, not {kind(value)}")
+    if not value or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        raise BadValue("must not be empty, nor contain zero bytes or halves of characters")
+    return value
+
+
+def flag(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise BadValue(f"must be true or false, not {kind(value)}")
+    return value
+
+
+def seconds(value: Any) -> float:
+    """A deadline in seconds, whole or with a fraction."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadValue(f"must be a number of seconds, not {kind(value)}")
+    if not (math.isfinite(value) and 0 < value <= _DAY):
+        raise BadValue(f"must be more than 0 and at most {_DAY} seconds, not {value}")
+    return float(value)
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """A list of strings; it may be empty."""
+    if not isinstance(value, list):
+        raise BadValue(f"must be a list of strings, not {kind(value)}")
+    for element in value:
+        if not isinstance(element, str):
+            raise BadValue(f"must be a list of strings; {kind(element)} is in it")
+        if not element or "\0" in element:
+            raise BadValue("must not have an empty string or a zero byte in it")
+    return tuple(value)
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """A list of names, each once."""
+    names = texts(value)
+    for name in names:
+        if names.count(name) > 1:
+            raise BadValue(f"names '{name}' twice")
+    return names
+
+
+def listen(value: Any) -> tuple[Address, ...]:
+    """A list of addresses to listen on."""
+    uris = texts(value)
+    if not uris:
+        raise BadValue(f'must name at least one URI, such as "{LISTEN}"')
+    addresses = tuple(_address(uri) for uri in uris)
+    for address in addresses:
+        if addresses.count(address) > 1:
+            raise BadValue(f'has "{address}" twice')
+    return addresses
+
+
+def _address(uri: str) -> Address:
+    try:
+        return parse_uri(uri)
+    except ArgumentError as error:
+        raise BadValue(f"cannot be used: {error.text.rstrip('.')}") from None
+
+
+def launch(value: Any) -> tuple[str, ...]:
+    """A command: a program and its arguments."""
+    command = texts(value)
+    if not command:
+        raise BadValue("must have a program in it")
+    if "-incoming" in command:
+        raise BadValue("must not have -incoming in it: qmigd adds '-incoming defer' itself")
+    return command
+
+
+def unix_path(value: Any) -> str:
+    """The path in ``unix:/path``."""
+    address = _address(text(value))
+    if not isinstance(address, UnixAddress) or not address.path.startswith("/"):
+        raise BadValue(f'must be a unix socket with its whole path, "unix:/...", not "{value}"')
+    return address.path
+
+
+def directory(value: Any) -> Path:
+    """The whole path of a directory."""
+    path = Path(text(value))
+    if not path.is_absolute():
+        raise BadValue(f'must be a whole path, "/...", not "{value}"')
+    return path
+
+
+def ports(value: Any) -> range:
+    """A range of ports, ``"FIRST-LAST"``, ``"ONE"``, or ``""`` for none."""
+    if not isinstance(value, str):
+        raise BadValue(f'must be a string such as "{PORTS}", not {kind(value)}')
+    if not value:
+        return range(0)
+    first, dash, last = (part.strip() for part in value.partition("-"))
+    if not dash:
+        last = first
+    if not (_PORT.fullmatch(first) and _PORT.fullmatch(last)):
+        raise BadValue(f'must be two ports such as "{PORTS}", or "" for none, not "{value}"')
+    low, high = int(first), int(last)
+    if not 1 <= low <= high <= 65535:
+        raise BadValue(
+            f'must go from a lower port to a higher one between 1 and 65535, not "{value}"'
+        )
+    return range(low, high + 1)
+
+
+def source_after(value: Any) -> Literal["keep", "quit"]:
+    """What becomes of the source."""
+    if value == "keep":
+        return "keep"
+    if value == "quit":
+        return "quit"
+    raise BadValue('must be "keep" or "quit"')
+
+
+def guest_name(name: Any) -> str:
+    """A guest's name."""
+    name = text(name)
+    # it becomes part of file names and of lines in the log
+    if name in (".", "..") or "/" in name or not name.isprintable() or name != name.strip():
+        raise BadValue(
+            f"the name {name!r} is of no use: it must be printable, without '/' and "
+            f"without a space at either end"
+        )
+    if len(name.encode()) > _GUEST_NAME:
+        raise BadValue(f"the name is longer than {_GUEST_NAME} bytes")
+    return str(name)
+
+
+def kind(value: Any) -> str:
+    """Return what a person calls the type of a TOML value."""
+    for python, words in (
+        (bool, "true or false"),
+        (str, "a string"),
+        (int, "a whole number"),
+        (float, "a number"),
+        (list, "a list"),
+        (dict, "a table"),
+    ):
+        if isinstance(value, python):
+            return words
+    return "a date or time"

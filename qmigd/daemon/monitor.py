@@ -1,0 +1,184 @@
+"""The management socket: :mod:`qmigd.api` on one side, QMP on the other.
+
+A command's arguments are checked against its declaration, and then the handler
+of its name is called: a method of an :class:`Operations` object.  Whoever can
+open the socket decides where guests go, so that only the daemon's own user can.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+
+from .. import __version__
+from ..api import COMMANDS, check_arguments, command
+from ..errors import ConfigError
+from ..qmp.server import QMPServer
+
+__all__ = ["Monitor", "Operations"]
+
+log = Logger()
+
+_Json = dict[str, Any]
+
+
+class Operations(Protocol):
+    """What the daemon can do: one method for each command of :data:`qmigd.api.COMMANDS`.
+
+    Each has the command's name with underscores, and takes the arguments by
+    name; those that the client left out are not passed.  What it returns is the
+    answer, ``None`` for the empty object; what it raises of :mod:`qmigd.errors`
+    is told the client.
+    """
+
+    async def query_version(self) -> _Json: ...
+
+    async def query_commands(self) -> list[_Json]: ...
+
+    async def query_qmp_schema(self) -> list[_Json]: ...
+
+    async def query_guests(self) -> list[_Json]: ...
+
+    async def guest_add(self, name: str, qmp: str) -> None: ...
+
+    async def guest_remove(self, name: str) -> None: ...
+
+    async def query_features(self, guest: str | None = None, uri: str | None = None) -> _Json: ...
+
+    async def query_tunables(self, guest: str) -> list[_Json]: ...
+
+    async def migrate(
+        self,
+        guest: str,
+        uri: str,
+        tunables: Mapping[str, Any] | None = None,
+        prefer: list[str] | tuple[str, ...] = (),
+        require: list[str] | tuple[str, ...] = (),
+        exclude: list[str] | tuple[str, ...] = (),
+    ) -> _Json: ...
+
+    async def query_migrate(
+        self, guest: str | None = None, id: str | None = None
+    ) -> list[_Json]: ...
+
+    async def migrate_start_postcopy(self, guest: str) -> None: ...
+
+    async def migrate_cancel(self, guest: str) -> None: ...
+
+    async def migrate_set_parameters(self, guest: str, tunables: Mapping[str, Any]) -> None: ...
+
+
+class Monitor:
+    """The management socket of one daemon."""
+
+    def __init__(self, reactor: Any, path: str, operations: Operations) -> None:
+        """:param reactor: provides ``IReactorUNIX`` and ``IReactorTime``.
+        :param path: of the unix socket.
+        :raises TypeError: ``operations`` lacks a command's handler.
+        """
+        self._reactor = reactor
+        self._path = path
+        self._handlers = {name: _handler(operations, name) for name in COMMANDS}
+        self._server = QMPServer(reactor, self.dispatch, __version__, f"qmigd {__version__}")
+        self._port: IListeningPort | None = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        :raises ConfigError: that is not possible; the text says why.
+        """
+        _make_directory(os.path.dirname(self._path))
+        _remove_stale(self._path)
+        try:
+            # Twisted sets the mode between bind and listen: nobody gets in before.
+            self._port = self._reactor.listenUNIX(self._path, self._server, mode=0o600)
+        except CannotListenError as error:
+            raise ConfigError(
+                f"The management socket {self._path} cannot be opened: {error.socketError}."
+            ) from None
+
+    async def stop(self) -> None:
+        """Stop listening, remove the socket, and let the clients go."""
+        port, self._port = self._port, None
+        if port is not None:
+            await maybeDeferred(port.stopListening)
+        self._server.close()
+
+    def event(self, name: str, data: Mapping[str, Any]) -> None:
+        """Tell every client of an event of :data:`qmigd.api.EVENTS`."""
+        self._server.event(name, data)
+
+    async def dispatch(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Check a command and carry it out.
+
+        :raises CommandNotFound: there is none of that name.
+        :raises ArgumentError: its arguments do not fit its declaration.
+        """
+        check_arguments(command(name), arguments)
+        return await self._handlers[name](
+            **{argument.replace("-", "_"): value for argument, value in arguments.items()}
+        )
+
+
+def _handler(operations: Operations, name: str) -> Any:
+    handler = getattr(operations, name.replace("-", "_"), None)
+    if not callable(handler):
+        raise TypeError(f"{type(operations).__name__} has no handler for the command '{name}'")
+    return handler
+
+
+def _make_directory(directory: str) -> None:
+    if os.path.isdir(directory):
+        return
+    try:
+        Path(directory).parent.mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The management socket's directory {directory} cannot be made: {error.strerror}. "
+            f"Name a place of your own as 'monitor' in [daemon], or run qmigd as root."
+        ) from None
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket that a daemon left behind; refuse where one still answers."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"The management socket {path} cannot be used: {error}.") from None
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(
+            f"{path} is no socket, and is left alone; name another path as 'monitor' in [daemon]."
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # On a unix socket connecting never waits, except for a full queue: EAGAIN here.
+        probe.setblocking(False)
+        code = probe.connect_ex(path)
+    if code == errno.ECONNREFUSED:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} is left from a daemon that has ended and cannot be removed: "
+                f"{error.strerror}."
+            ) from None
+        log.info("removed {path}, which a daemon had left behind", path=path)
+    elif code in (0, errno.EAGAIN):
+        raise ConfigError(
+            f"Another daemon answers on {path}. Stop it first, or name another path as "
+            f"'monitor' in [daemon]."
+        )
+    elif code != errno.ENOENT:
+        raise ConfigError(f"The management socket {path} cannot be used: {os.strerror(code)}.")
