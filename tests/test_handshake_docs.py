@@ -1,0 +1,112 @@
+"""docs/protocol.md and the diagrams say what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+import qmigd.handshake
+import qmigd.wire
+from qmigd.wire import limits, messages
+from qmigd.wire.greeting import Greeting, Reply
+from qmigd.wire.messages import MessageType, body_limit
+from qmigd.wire.role import RoleHeader
+
+DOCS = Path(__file__).parent.parent / "docs"
+ROLE = RoleHeader(uuid.UUID("4cc11957-f1c9-4eff-8d2d-0a5f6f2b1d3e"), "main", 0)
+
+#: What the examples with bytes are, in their order on the page.
+EXAMPLES: list[Any] = [
+    Greeting((1,), ("multifd", "postcopy-ram")),
+    Reply(1, ()),
+    Reply(1, ("multifd",)),
+    messages.Error("no-common-version", "This side speaks only 1."),
+    messages.Guest({"name": "web"}),
+    messages.Feature("multifd", {"channels": 4}),
+    messages.Start(),
+    messages.Attached(),
+    messages.Heartbeat(),
+    ROLE.prove(bytes(range(32))),
+]
+
+
+class ProtocolPage(SynchronousTestCase):
+    """The page is true."""
+
+    page = (DOCS / "protocol.md").read_text()
+
+    def test_examples(self) -> None:
+        """The bytes of each example are those that the code writes, and so are the words."""
+        found = []
+        for block in re.findall(r"^```text\n(.*?)^```", self.page, re.M | re.S):
+            data = b""
+            for line in block.splitlines():
+                bytes_of_line, _, words = line.partition("  ")
+                piece = bytes.fromhex(bytes_of_line)
+                data += piece
+                quoted = re.fullmatch(r'"(.*)"', words.strip())
+                if quoted:
+                    self.assertTrue(piece.endswith(quoted[1].encode()), line)
+            found.append(data.hex(" "))
+        self.assertEqual(found, [example.encode().hex(" ") for example in EXAMPLES])
+
+    def test_messages(self) -> None:
+        """The table of messages has every type with its name and its limit."""
+        sizes = {0: "0", limits.MAX_BODY: "64 KiB", limits.MAX_GUEST: "1 MiB"}
+        rows = re.findall(r"^\| (\d+) \| \[(\w+)\]\(#\w+\) \|.*\| ([^|]+) \|$", self.page, re.M)
+        self.assertEqual(
+            rows,
+            [(str(kind.value), kind.name, sizes[body_limit(kind)]) for kind in MessageType],
+        )
+
+    def test_limits(self) -> None:
+        """The table of limits has every limit."""
+        text = self.page[self.page.index("## Limits") : self.page.index("## Deadlines")]
+        rows = re.findall(r"^\| [^|]+ \| ([\d,]+)[^|]* \|", text, re.M)
+        self.assertEqual(
+            [int(number.replace(",", "")) for number in rows],
+            [
+                limits.MAX_VERSIONS,
+                limits.MAX_FEATURES,
+                limits.MAX_OPENING,
+                limits.MAX_STRING,
+                limits.MAX_GUEST,
+                limits.MAX_BODY,
+                limits.MAX_BEFORE_START,
+                limits.MAX_JSON_MARKS,
+                limits.MAX_JSON_DEPTH,
+            ],
+        )
+
+    def test_codes(self) -> None:
+        """Every code by which the wire or the handshake blames a peer is on the page."""
+        codes: set[str] = set()
+        for package in (qmigd.wire, qmigd.handshake):
+            for file in Path(package.__path__[0]).glob("*.py"):
+                codes |= set(re.findall(r'code="([a-z-]+)"', file.read_text()))
+        # The owner's mistakes, which are never sent.
+        codes -= {"handshake-misuse"}
+        self.assertTrue(codes)
+        for code in codes:
+            self.assertIn(f"| `{code}` |", self.page)
+
+
+class Diagrams(SynchronousTestCase):
+    """The diagrams are those of the machines."""
+
+    def test_drawn_from_the_machines(self) -> None:
+        """The files are what draw.py writes now; else run it again."""
+        spec = importlib.util.spec_from_file_location("draw", DOCS / "diagrams" / "draw.py")
+        assert spec is not None and spec.loader is not None
+        draw = importlib.util.module_from_spec(spec)
+        sys.modules["draw"] = draw
+        self.addCleanup(sys.modules.pop, "draw")
+        spec.loader.exec_module(draw)
+        for name, content in draw.files().items():
+            self.assertEqual((DOCS / "diagrams" / name).read_text(), content, name)
