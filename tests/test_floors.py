@@ -29,6 +29,7 @@ _FLOORS = (
     {"stream", "qmp", "transports", "negotiation", "wire"},
     {"testing", "api"},
     {"interfaces"},
+    {"waiting"},
     {"errors"},
 )
 

@@ -1,0 +1,287 @@
+"""The pump: two sockets, and the bytes between them, outside the reactor's thread.
+
+::
+
+    the guest's QEMU  --- outward: encode --->  the peer
+       (unix socket)  <--- inward: decode ----  (the wire)
+
+Each direction (:class:`Flow`) has a thread that does nothing but copy; it blocks where
+there is nothing to read and where nobody takes what it writes, so that a relay holds no
+more than one buffer for a direction.  Its last act is to tell the reactor's thread how
+it ended.  All that follows from an end is decided there, in :class:`Pump`:
+
+- the end of a stream is passed on: the other socket is shut for writing, and the
+  opposite direction goes on until it ends too;
+- a socket that the *guest* lost ends the pump: both are closed;
+- a socket that the *peer* lost ends it as well, unless the owner has said ``hold``:
+  then the guest's socket stays open, and at most a buffer more is read from it, until
+  the owner says :meth:`Pump.abort`.  While ``hold`` lasts, the end of the peer's stream is
+  not passed on either: a daemon that was killed looks like that.
+
+A thread is ended from outside by shutting both sockets, which wakes it wherever it
+blocks; descriptors are closed only once no thread can be using them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from twisted.logger import Logger
+
+from qmigd.interfaces import ICodec
+from qmigd.transports.sockets import set_send_buffer
+
+__all__ = ["BUFFER_SIZE", "SEND_BUFFER", "End", "Flow", "Pump"]
+
+log = Logger()
+
+#: Bytes that one read takes at the most, and so what a direction holds at the most.
+BUFFER_SIZE: Final = 512 << 10
+
+#: Bytes asked for in front of a slow QEMU (SO_SNDBUF of the unix socket that is written
+#: to).  With the kernel's 208 KiB the two sides wake each other for every bit; more than
+#: this gains nothing, and what is on its way is what postcopy can lose.  Both numbers come
+#: from tests/bench/relay.py.
+SEND_BUFFER: Final = 2 << 20
+
+
+@dataclass(frozen=True)
+class End:
+    """How a direction ended.
+
+    :ivar what: ``eof``: its source had no more to say; ``source`` or ``sink``: that
+        socket failed; ``codec``: the bytes could not be encoded or decoded.
+    :ivar text: why, for people; empty for ``eof``.
+    """
+
+    what: Literal["eof", "source", "sink", "codec"]
+    text: str = ""
+
+
+class Flow:
+    """One direction, and its thread.
+
+    :ivar moved: bytes of the guest's stream so far, before encoding and after decoding.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: socket.socket,
+        sink: socket.socket,
+        report: Callable[[Flow, End], None],
+        *,
+        encoder: ICodec | None = None,
+        decoder: ICodec | None = None,
+    ) -> None:
+        """
+        :param report: called in the flow's own thread, as the last thing it does.
+        """
+        self.moved = 0
+        self._source = source
+        self._sink = sink
+        self._report = report
+        self._encoder = encoder
+        self._decoder = decoder
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """
+        :raises RuntimeError: the system has no thread left.
+        """
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread, which has reported already."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            end = self._copy()
+        except Exception as error:
+            # From a codec: the only code in there that is not ours.
+            text = str(error) if isinstance(error, ValueError) else f"it failed: {error!r}"
+            end = End("codec", text)
+        self._report(self, end)
+
+    def _copy(self) -> End:
+        encoder, decoder = self._encoder, self._decoder
+        # A mapping of its own: page-aligned, and touched only as far as it is used.
+        area = mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        view = memoryview(area)
+        receive, send = self._source.recv_into, self._sink.sendall
+        while True:
+            try:
+                size = receive(area)
+            except OSError as error:
+                return End("source", _said(error))
+            data: bytes | memoryview = view[:size]
+            if encoder is not None:
+                data = encoder.encode(view[:size]) if size else encoder.finish()
+            elif decoder is not None and size:
+                data = decoder.decode(view[:size])
+            if len(data):
+                try:
+                    send(data)
+                except OSError as error:
+                    return End("sink", _said(error))
+            if not size:
+                return End("eof")
+            self.moved += size if decoder is None else len(data)
+
+
+def _said(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+class Pump:
+    """A guest's socket and the peer's, joined.  For the reactor's thread only.
+
+    :ivar hold: keep the guest's socket open when the peer is lost (see above).
+    :ivar lost: why the peer counts as lost, or ``None``.
+    :ivar ended: why it has ended, once no thread and no descriptor is left of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        guest: socket.socket,
+        wire: socket.socket,
+        *,
+        call: Callable[..., object],
+        on_lost: Callable[[str], None],
+        on_end: Callable[[str], None],
+        codec: Callable[[], ICodec] | None = None,
+        hold: bool = False,
+    ) -> None:
+        """
+        :param name: of the channel; its threads are called after it.
+        :param guest: connected to QEMU; belongs to the pump from now on.
+        :param wire: connected to the peer; belongs to the pump from now on.
+        :param call: has a function called in the reactor's thread, from any other:
+            ``reactor.callFromThread``.
+        :param on_lost: gets the reason when the peer is lost, once, before anything
+            is closed: it can still say ``hold``.
+        :param on_end: gets the reason when it has ended, once.
+        :param codec: makes what encodes and decodes, one object for each direction.
+        """
+        self.hold = hold
+        self.lost: str | None = None
+        self.ended: str | None = None
+        self._guest = guest
+        self._wire = wire
+        self._call = call
+        self._on_lost = on_lost
+        self._on_end = on_end
+        self._closing: str | None = None
+        self._outward = Flow(
+            f"{name} out", guest, wire, self._report, encoder=codec() if codec else None
+        )
+        self._inward = Flow(
+            f"{name} in", wire, guest, self._report, decoder=codec() if codec else None
+        )
+        self._running: set[Flow] = set()
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the guest's stream that went to the peer."""
+        return self._outward.moved
+
+    @property
+    def received(self) -> int:
+        """Bytes of the guest's stream that came from the peer."""
+        return self._inward.moved
+
+    def start(self) -> None:
+        """Begin.  Whatever goes wrong comes as an end."""
+        for end in (self._guest, self._wire):
+            end.setblocking(True)
+        set_send_buffer(self._guest, SEND_BUFFER)
+        for flow in (self._outward, self._inward):
+            try:
+                flow.start()
+            except RuntimeError as error:
+                self._close(f"no thread could be started: {error}")
+                break
+            self._running.add(flow)
+        if not self._running:
+            self._finish()
+
+    def abort(self, reason: str) -> None:
+        """Close both sockets now; harmless when it has ended."""
+        if self.ended is None:
+            self._close(reason)
+            if not self._running:
+                self._finish()
+
+    # what follows from an end
+
+    def _report(self, flow: Flow, end: End) -> None:
+        self._call(self._flow_ended, flow, end)
+
+    def _flow_ended(self, flow: Flow, end: End) -> None:
+        # It has reported, which is the last thing it does: this does not wait.
+        flow.join()
+        self._running.discard(flow)
+        if self._closing is None:
+            self._follow(flow is self._outward, end)
+        if not self._running and (self._closing or not self._held):
+            self._finish()
+
+    @property
+    def _held(self) -> bool:
+        return self.hold and self.lost is not None
+
+    def _follow(self, outward: bool, end: End) -> None:
+        if end.what == "eof":
+            if outward and self.lost is not None:
+                self._close("the guest's QEMU closed its end, after the peer was lost")
+            elif outward:
+                _shut(self._wire, socket.SHUT_WR)
+            elif not self.hold:
+                _shut(self._guest, socket.SHUT_WR)
+        elif end.what == "codec":
+            what = "the guest sent could not be encoded"
+            if not outward:
+                what = "the peer sent could not be decoded"
+            self._lose(f"what {what}: {end.text}")
+        elif (end.what == "source") == outward:
+            self._close(f"the guest's QEMU closed its end: {end.text}")
+        else:
+            self._lose(f"the peer closed its end: {end.text}")
+
+    def _lose(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            self._on_lost(reason)
+        if self._closing is not None:
+            return
+        if self.hold:
+            # Whoever still reads from the peer or writes to it is woken.
+            _shut(self._wire, socket.SHUT_RDWR)
+        else:
+            self._close(reason)
+
+    def _close(self, reason: str) -> None:
+        if self._closing is None:
+            self._closing = reason
+        _shut(self._guest, socket.SHUT_RDWR)
+        _shut(self._wire, socket.SHUT_RDWR)
+
+    def _finish(self) -> None:
+        self._guest.close()
+        self._wire.close()
+        self.ended = self._closing or "both ends have said all"
+        self._on_end(self.ended)
+
+
+def _shut(sock: socket.socket, how: int) -> None:
+    # Its other end may have gone already.
+    with contextlib.suppress(OSError):
+        sock.shutdown(how)

@@ -1,0 +1,1 @@
+"""What can be migrated: a QEMU reached over QMP, and what there is to know about it."""

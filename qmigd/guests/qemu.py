@@ -1,0 +1,407 @@
+"""A guest in a QEMU of its own, driven over QMP: the ``qemu`` backend.
+
+Nothing of a QEMU is taken from its version where it can be asked.  What it is
+told is read back, because a setting that was ignored on one side makes a
+migration hang, or corrupts RAM in silence.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+from uuid import uuid4
+
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
+from qmigd.guests import describe, schema
+from qmigd.guests.quirks import SEVERAL_CHANNELS
+from qmigd.interfaces import GuestFacts, Settings, Tunable
+from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal, connect
+from qmigd.waiting import together
+
+__all__ = ["GONE", "QemuGuest"]
+
+#: The event that :meth:`QemuGuest.watch` has beside QEMU's own.
+GONE = "QMIGD_GONE"
+#: Seconds between two looks whether a guest that is to run has been loaded.
+LOADED_POLL = 0.003
+
+#: The argument of ``migrate-incoming`` with which a failed load does not end the
+#: process (QEMU 9.1 and newer), so that it can tell why it failed.
+_STAY = "exit-on-error"
+
+Watcher = Callable[[str, dict[str, Any]], None]
+
+_log = Logger()
+
+
+class QemuGuest:
+    """One QEMU; provides :class:`qmigd.interfaces.Guest`."""
+
+    backend = "qemu"
+
+    def __init__(
+        self, reactor: Any, name: str, qmp: str, *, deadline: float = COMMAND_DEADLINE
+    ) -> None:
+        """:param name: the guest's name in qmigd.
+        :param qmp: where its QMP is, ``unix:PATH`` or ``tcp:HOST:PORT``.
+        :param deadline: seconds that each command has.
+        """
+        self.name = name
+        self.qmp = qmp
+        self._reactor = reactor
+        self._deadline = deadline
+        self._client: QMPClient | None = None
+        self._attaching = False
+        self._watchers: list[Watcher] = []
+        self._starting: Deferred[None] | None = None
+        self._names = (f"qmigd-{uuid4().hex}-{number}" for number in count())
+
+    # -- taking hold
+
+    async def attach(self) -> None:
+        """Connect to its QMP.
+
+        :raises GuestBusy: somebody else is connected to it, or this object is.
+        :raises GuestGone: nobody is there.
+        """
+        if self._client is not None or self._attaching:
+            raise GuestBusy(f"guest {self.name} is already in the hands of another migration")
+        self._attaching = True
+        try:
+            client = await connect(self._reactor, self.qmp, deadline=self._deadline)
+        finally:
+            self._attaching = False
+        self._client = client
+        client.subscribe(lambda name, data, time: self._tell(name, data))
+        client.when_lost(lambda reason: self._on_lost(client, reason))
+
+    def detach(self) -> None:
+        """Close the connection; the guest goes on.  Harmless when not attached."""
+        self._start_later(None)
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def watch(self, callback: Watcher) -> Callable[[], None]:
+        """Call back with name and data of each event; returns what ends that.
+
+        When the guest is lost while attached, there is :data:`GONE` with ``reason``.
+        """
+        self._watchers.append(callback)
+        return lambda: self._watchers.remove(callback)
+
+    def _tell(self, name: str, data: dict[str, Any]) -> None:
+        for watcher in list(self._watchers):
+            try:
+                watcher(name, data)
+            except Exception:
+                _log.failure("a watcher of guest {name} failed", name=self.name)
+
+    def _on_lost(self, client: QMPClient, reason: GuestGone) -> None:
+        if self._client is client:
+            self._client = None
+            self._tell(GONE, {"reason": reason.text})
+
+    @property
+    def client(self) -> QMPClient:
+        """The connection.
+
+        :raises GuestGone: there is none (any more).
+        """
+        if self._client is None:
+            raise GuestGone(f"qmigd is not connected to guest {self.name}; its QEMU may have ended")
+        return self._client
+
+    # -- what it is
+
+    async def facts(self) -> GuestFacts:
+        client = self.client
+        # All at once: QEMU answers in order, and nobody waits in between.
+        answer, machine, capabilities, parameters = await together(
+            [
+                client.execute("query-version"),
+                Deferred.fromCoroutine(describe.machine(client)),
+                Deferred.fromCoroutine(self._capabilities()),
+                client.execute("query-migrate-parameters"),
+            ]
+        )
+        version = answer["qemu"]
+        return GuestFacts(
+            name=self.name,
+            backend=self.backend,
+            version=(version["major"], version["minor"], version["micro"]),
+            machine=machine,
+            capabilities=capabilities,
+            parameters=parameters,
+        )
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what a preflight compares (:mod:`qmigd.guests.describe`)."""
+        return {"name": self.name, **await describe.describe(self.client)}
+
+    async def tunables(self) -> list[Tunable]:
+        client = self.client
+        known = await schema.of(client)
+        return known.tunables(await client.execute("query-migrate-parameters"))
+
+    async def checked(self, tunables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a user's values in the types that QEMU declares.
+
+        :raises ArgumentError: a name is unknown or a value does not fit.
+        """
+        if not tunables:
+            return {}
+        known = (await schema.of(self.client)).parameters
+        return {
+            name: schema.coerce(schema.find(known, name), value) for name, value in tunables.items()
+        }
+
+    # -- settings
+
+    async def apply(self, settings: Settings) -> Settings:
+        """Set, and see that it is set; returns what the same names were set to before.
+
+        A parameter that had no value before is ``None`` in what is returned, and
+        giving ``None`` unsets one where QEMU can do that (``tls-creds``); where it
+        cannot (``block-bitmap-mapping``), ``None`` is passed over.
+
+        :raises GuestError: QEMU refused or ignored one of them; all are as before.
+        """
+        parameters = await self._settable(settings.parameters)
+        # All at once: QEMU answers in order, so what it had comes before what it is told.
+        (known, before), *answers = await DeferredList(
+            [
+                Deferred.fromCoroutine(self.readback(settings)),
+                *self._set(Settings(settings.capabilities, parameters)),
+                Deferred.fromCoroutine(self.readback(settings)),
+            ],
+            consumeErrors=True,
+        )
+        try:
+            for succeeded, answer in ((known, before), *answers):
+                if not succeeded:
+                    raise answer.value
+            self._compare(settings, answers[-1][1])
+        except (GuestGone, DeadlineError):
+            raise
+        except GuestError:
+            if known:
+                earlier = await self._settable(before.parameters)
+                await together(self._set(Settings(before.capabilities, earlier)))
+            raise
+        return before
+
+    def _compare(self, wanted: Settings, got: Settings) -> None:
+        present = {**got.capabilities, **got.parameters}
+        for name, value in {**wanted.capabilities, **wanted.parameters}.items():
+            if value is not None and present[name] != value:
+                raise GuestError(
+                    f"the QEMU of guest {self.name} was told to set {name} to {value!r}"
+                    f" and left it at {present[name]!r}"
+                )
+
+    async def readback(self, settings: Settings) -> Settings:
+        """Return the present values of the names in ``settings``, ``None`` for no value.
+
+        :raises GuestError: QEMU does not know one of the capabilities.
+        """
+        capabilities: dict[str, bool] = {}
+        parameters: dict[str, Any] = {}
+        asked: list[Deferred[Any]] = []
+        if settings.capabilities:
+            asked.append(Deferred.fromCoroutine(self._capabilities()))
+        if settings.parameters:
+            asked.append(self.client.execute("query-migrate-parameters"))
+        answers = await together(asked)
+        if settings.capabilities:
+            known = answers[0]
+            for name in settings.capabilities:
+                if name not in known:
+                    raise GuestError(f"the QEMU of guest {self.name} has no capability {name}")
+                capabilities[name] = known[name]
+        if settings.parameters:
+            parameters = {name: answers[-1].get(name) for name in settings.parameters}
+        return Settings(capabilities, parameters)
+
+    async def _capabilities(self) -> dict[str, bool]:
+        answer = await self.client.execute("query-migrate-capabilities")
+        return {entry["capability"]: entry["state"] for entry in answer}
+
+    def _set(self, settings: Settings) -> list[Deferred[Any]]:
+        """Send what sets them; returns the answers to come."""
+        asked = []
+        if settings.capabilities:
+            # All in one command: QEMU checks them together.
+            switches = [
+                {"capability": name, "state": state}
+                for name, state in settings.capabilities.items()
+            ]
+            asked.append(self.client.execute("migrate-set-capabilities", capabilities=switches))
+        if settings.parameters:
+            asked.append(self.client.execute("migrate-set-parameters", **settings.parameters))
+        return asked
+
+    async def _settable(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return them without those that are ``None`` and that QEMU cannot unset."""
+        if None not in parameters.values():
+            return dict(parameters)
+        known = await schema.of(self.client)
+        return {
+            name: value
+            for name, value in parameters.items()
+            if value is not None or known.nullable(name)
+        }
+
+    # -- the move
+
+    async def incoming(self, channel: str | socket.socket) -> None:
+        """Have it wait for the stream on a URI, or take it from a connected socket.
+
+        A socket is the guest's from here on, whatever comes of it.  From QEMU
+        9.1 on the process stays when the migration fails, so that
+        ``query-migrate`` can tell why (``error-desc``); it is of no use then but
+        for :meth:`quit`.  An older QEMU ends itself.
+
+        :raises GuestError: QEMU refused.
+        """
+        if isinstance(channel, socket.socket) or channel.startswith(("fd:", "exec:")):
+            try:
+                await self._one_channel()
+            except BaseException:
+                if isinstance(channel, socket.socket):
+                    channel.close()
+                raise
+        await self._with_channel("migrate-incoming", channel, {_STAY: False})
+
+    async def migrate(self, channel: str | socket.socket) -> None:
+        """Start the outgoing migration to a URI, or into a connected socket.
+
+        A socket is the guest's from here on, whatever comes of it.
+
+        :raises GuestError: QEMU refused.
+        """
+        await self._with_channel("migrate", channel)
+
+    async def _one_channel(self) -> None:
+        """See that the migration needs one channel only.
+
+        QEMU 7.2 answers ``migrate-incoming`` with success all the same, and
+        says on its stderr only that it will not do it.
+        """
+        present = await self._capabilities()
+        for name in SEVERAL_CHANNELS:
+            if present.get(name):
+                raise GuestError(
+                    f"guest {self.name} has {name} switched on, which needs several channels,"
+                    " and a single one was given"
+                )
+
+    async def _with_channel(
+        self, command: str, channel: str | socket.socket, wishes: Mapping[str, Any] | None = None
+    ) -> None:
+        if isinstance(channel, str):
+            await self._try(command, channel, wishes or {})
+            return
+        client = self.client
+        name = next(self._names)
+        with channel:
+            await client.execute_with_fd(channel.fileno(), "getfd", fdname=name)
+        try:
+            await self._try(command, f"fd:{name}", wishes or {})
+        except GuestError:
+            # QEMU has taken it out of its list, or has not; gone it must be.
+            await client.execute("closefd", fdname=name).addErrback(lambda _: None)
+            raise
+
+    async def _try(self, command: str, uri: str, wishes: Mapping[str, Any]) -> None:
+        """Run a command, without those of ``wishes`` that this QEMU does not know.
+
+        Asking is cheaper than reading the schema, which takes a QEMU some 20 ms.
+        """
+        try:
+            await self.client.execute(command, uri=uri, **wishes)
+        except QMPRefusal as refusal:
+            known = {name: wish for name, wish in wishes.items() if name not in refusal.desc}
+            if len(known) == len(wishes):
+                raise
+            await self._try(command, uri, known)
+
+    async def query_status(self) -> str:
+        status: str = (await self.client.execute("query-status"))["status"]
+        return status
+
+    async def query_migrate(self) -> dict[str, Any]:
+        return {"status": "none", **await self.client.execute("query-migrate")}
+
+    async def start_postcopy(self) -> None:
+        await self.client.execute("migrate-start-postcopy")
+
+    async def cancel(self) -> None:
+        await self.client.execute("migrate_cancel")
+
+    async def stop(self) -> None:
+        """Stop it; one that waits for the stream will be paused once it is loaded."""
+        self._start_later(None)
+        await self.client.execute("stop")
+
+    async def cont(self) -> None:
+        """Let it run; one that waits for the stream runs as soon as it is loaded.
+
+        QEMU's own ``cont`` does not serve there: up to 9.2 it opens the images
+        for writing at once, while the source may still write to them.  It fails
+        where the source holds their locks, and spoils them where there are none.
+        """
+        client = self.client
+        if await self.query_status() == "inmigrate":
+            self._start_later(Deferred.fromCoroutine(self._start_when_loaded(client)))
+        else:
+            await client.execute("cont")
+
+    def _start_later(self, starting: Deferred[None] | None) -> None:
+        """Forget an earlier ``cont`` for when it is loaded, if there is one."""
+        earlier, self._starting = self._starting, starting
+        if earlier is not None:
+            earlier.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            earlier.cancel()
+
+    async def _start_when_loaded(self, client: QMPClient) -> None:
+        # There is no event when a load ends with the guest paused.
+        try:
+            while (await client.execute("query-status"))["status"] == "inmigrate":
+                await deferLater(self._reactor, LOADED_POLL)
+            await client.execute("cont")
+        except GuestError as error:
+            _log.warn(
+                "guest {name} was to run once it is loaded: {error}",
+                name=self.name,
+                error=error.text,
+            )
+
+    async def quit(self) -> None:
+        """End the process; returns once its QMP connection is closed.
+
+        :raises QMPDeadline: it did not end in time.
+        """
+        client = self.client
+        gone: Deferred[None] = Deferred()
+        client.when_lost(lambda reason: None if gone.called else gone.callback(None))
+        try:
+            await client.execute("quit")
+        except GuestGone:
+            return  # it did not take the time to answer
+        timer = self._reactor.callLater(
+            self._deadline,
+            gone.errback,
+            QMPDeadline(f"the QEMU of guest {self.name} did not end within {self._deadline:g} s"),
+        )
+        try:
+            await gone
+        finally:
+            if timer.active():
+                timer.cancel()

@@ -1,0 +1,121 @@
+"""What a QEMU gets wrong, as data.
+
+Each row says which features cannot be combined between which QEMUs, what happens
+if they are, and which test shows it with QEMU alone.  What a QEMU refuses by
+itself has a row as well: negotiation has to know before anything is set.
+
+All rows were seen on Debian's QEMU 7.2.22, 10.0.2 and 11.1.3.  Where a range ends
+at a version that was not tried, the end is out of QEMU's history: multifd with
+postcopy was refused from 8.1 on (``migrate_caps_check``) and works from 10.1 on;
+``x-preempt-pre-7-2`` is set by the machine types up to 7.2 (``hw/core/machine.c``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qmigd.interfaces import GuestFacts
+
+__all__ = ["ANY", "QUIRKS", "SEVERAL_CHANNELS", "Quirk", "Versions", "conflicts"]
+
+#: Capabilities with which QEMU opens more channels than ``main``.
+SEVERAL_CHANNELS = ("multifd", "postcopy-preempt")
+
+
+@dataclass(frozen=True)
+class Versions:
+    """QEMU's versions from ``first`` on, up to and without ``end``."""
+
+    first: tuple[int, int] = (0, 0)
+    end: tuple[int, int] | None = None
+
+    def __contains__(self, version: tuple[int, ...]) -> bool:
+        return self.first <= version and (self.end is None or version < self.end)
+
+
+ANY = Versions()
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """One thing that goes wrong.
+
+    :ivar id: its name, for the documentation.
+    :ivar features: what must not be combined.
+    :ivar source: the versions of the source's QEMU that it concerns.
+    :ivar destination: the same of the destination's.
+    :ivar machine: it concerns machine types up to this version only.
+    :ivar reason: what happens, half a sentence for people.
+    :ivar test: the dotted name of the test that shows it.
+    """
+
+    id: str
+    features: frozenset[str]
+    reason: str
+    test: str
+    source: Versions = ANY
+    destination: Versions = ANY
+    machine: tuple[int, int] | None = None
+
+    def concerns(self, source: GuestFacts, destination: GuestFacts) -> bool:
+        """Return whether it would go wrong between these two."""
+        if self.machine is not None:
+            version = _machine_version(source.machine)
+            if version is None or version > self.machine:
+                return False
+        return source.version in self.source and destination.version in self.destination
+
+
+_MULTIFD_POSTCOPY = frozenset({"multifd", "postcopy-ram"})
+_TESTS = "tests.test_guests_quirks.QuirkTests"
+
+QUIRKS = (
+    Quirk(
+        id="multifd-postcopy-lost",
+        features=_MULTIFD_POSTCOPY,
+        destination=Versions(end=(8, 1)),
+        reason=(
+            "a destination with a QEMU older than 8.1 aborts or hangs when postcopy begins"
+            " with multifd on, and the guest is lost"
+        ),
+        test=f"{_TESTS}.test_multifd_with_postcopy_into_old_qemu_loses_the_guest",
+    ),
+    Quirk(
+        id="multifd-postcopy-refused-by-destination",
+        features=_MULTIFD_POSTCOPY,
+        destination=Versions((8, 1), (10, 1)),
+        reason="the destination's QEMU refuses the two together, as all from 8.1 to 10.0 do",
+        test=f"{_TESTS}.test_multifd_with_postcopy_is_refused",
+    ),
+    Quirk(
+        id="multifd-postcopy-refused-by-source",
+        features=_MULTIFD_POSTCOPY,
+        source=Versions((8, 1), (10, 1)),
+        reason="the source's QEMU refuses the two together, as all from 8.1 to 10.0 do",
+        test=f"{_TESTS}.test_multifd_with_postcopy_is_refused",
+    ),
+    Quirk(
+        id="multifd-preempt-old-machine",
+        features=frozenset({"multifd", "postcopy-preempt"}),
+        machine=(7, 2),
+        reason=(
+            "with machine types up to 7.2 the preempt channel is connected before multifd's"
+            " channels, and the destination's QEMU hangs on it"
+        ),
+        test=f"{_TESTS}.test_multifd_with_preempt_hangs_on_old_machine_types",
+    ),
+)
+
+
+def conflicts(source: GuestFacts, destination: GuestFacts) -> list[tuple[frozenset[str], str]]:
+    """Return which features cannot be combined between these two, each with the reason."""
+    return [
+        (quirk.features, quirk.reason) for quirk in QUIRKS if quirk.concerns(source, destination)
+    ]
+
+
+def _machine_version(machine: str) -> tuple[int, int] | None:
+    """Return the version in a machine type's name; a type without one is QEMU's newest."""
+    match = re.search(r"-(\d+)\.(\d+)$", machine)
+    return (int(match[1]), int(match[2])) if match else None

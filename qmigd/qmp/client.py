@@ -1,0 +1,405 @@
+"""The client's side of QMP: one connection to one QEMU.
+
+A QEMU serves one client at a time on a QMP socket.  A second one is connected
+by the kernel, which queues it, and then waits in silence until the first has
+gone: that is how a socket that is taken is told apart from one that is dead.
+
+Commands are answered in the order they were given, except those given out of
+band (``exec-oob``), which QEMU answers even where its main loop hangs.  Every
+command has a deadline.  When it passes, the command's Deferred fails and the
+answer, should it still come, is dropped; whether QEMU carried the command out
+is then unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred, DeferredLock, fail
+from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint
+from twisted.internet.error import (
+    ConnectError,
+    ConnectionRefusedError,
+    NoProtocol,
+    TimeoutError,
+)
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IReactorTime,
+    IStreamClientEndpoint,
+    IUNIXTransport,
+)
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from qmigd.errors import (
+    ArgumentError,
+    DeadlineError,
+    GuestBusy,
+    GuestError,
+    GuestGone,
+    ProtocolError,
+)
+from qmigd.qmp.codec import CLIENT_LIMIT, Decoder, Message, encode
+
+__all__ = [
+    "COMMAND_DEADLINE",
+    "GREETING_DEADLINE",
+    "QUEUE_POLL",
+    "EventCallback",
+    "QMPClient",
+    "QMPDeadline",
+    "QMPRefusal",
+    "connect",
+]
+
+#: Seconds that a QEMU has for the answer to a command.
+COMMAND_DEADLINE = 10.0
+#: Seconds that a QEMU has for its greeting.  A free one greets within a
+#: millisecond, from a thread of its own, also where its main loop hangs.
+GREETING_DEADLINE = 3.0
+
+#: Seconds between two tries to connect while too many clients wait already.
+QUEUE_POLL = 0.01
+
+#: Called with an event's name, its data, and its time in seconds since 1970.
+EventCallback = Callable[[str, dict[str, Any], float], None]
+
+_log = Logger()
+
+_TAKEN = (
+    "{} accepts connections but does not greet: a QMP socket serves one client at a time,"
+    " and this one already has one; give qmigd a QMP socket of its own (another -qmp option)"
+)
+
+
+class QMPRefusal(GuestError):
+    """QEMU answered a command with an error.
+
+    :ivar command: the command.
+    :ivar desc: QEMU's own words.
+    :ivar kind: QEMU's error class, ``"GenericError"`` or ``"CommandNotFound"`` mostly.
+
+    ``code`` is what a qmigd says in ``data``; a QEMU says nothing there.
+    """
+
+    def __init__(self, command: str, kind: str, desc: str, code: str | None = None) -> None:
+        super().__init__(f"QEMU refused {command}: {desc}", code=code)
+        self.command = command
+        self.desc = desc
+        self.kind = kind
+
+
+class QMPDeadline(GuestError, DeadlineError):
+    """QEMU did not answer a command in time."""
+
+    code = DeadlineError.code
+
+
+class QMPClient(Protocol):
+    """One connection; made and greeted by :func:`connect`."""
+
+    transport: Any
+
+    def __init__(
+        self, clock: IReactorTime, address: str, *, deadline: float = COMMAND_DEADLINE
+    ) -> None:
+        """:param deadline: seconds that each command has."""
+        self.address = address
+        #: What the QEMU said of itself: ``{"version": {...}, "capabilities": [...]}``.
+        self.greeting: dict[str, Any] = {}
+        self.deadline = deadline
+        self._clock = clock
+        self._decoder = Decoder(CLIENT_LIMIT)
+        self._greeted: Deferred[dict[str, Any]] | None = None
+        self._pending: dict[int, tuple[str, Deferred[Any]]] = {}
+        self._last_id = 0
+        # QEMU keeps the descriptors of one read only: one such command at a time.
+        self._descriptors = DeferredLock()
+        self._subscribers: list[EventCallback] = []
+        self._mourners: list[Callable[[GuestGone], None]] = []
+        self._lost: GuestGone | None = None
+
+    # -- for the owner
+
+    def execute(self, command: str, /, **arguments: Any) -> Deferred[Any]:
+        """Run a command; fires with what it returned.
+
+        Names of arguments that are no Python names are given as
+        ``execute("human-monitor-command", **{"command-line": "info mtree"})``.
+
+        :raises QMPRefusal: QEMU refused it.
+        :raises QMPDeadline: no answer came in time.
+        :raises GuestGone: the connection is lost.
+        """
+        return self._send("execute", command, arguments)
+
+    def execute_oob(self, command: str, /, **arguments: Any) -> Deferred[Any]:
+        """Like :meth:`execute`, past the queue of commands that QEMU still works on."""
+        return self._send("exec-oob", command, arguments)
+
+    def execute_with_fd(self, fd: int, command: str, /, **arguments: Any) -> Deferred[Any]:
+        """Like :meth:`execute`, with a copy of the descriptor ``fd``.
+
+        ``fd`` stays the caller's, and has to stay open until the Deferred fires.
+
+        :raises ArgumentError: the connection is not one over a unix socket.
+        """
+        if not IUNIXTransport.providedBy(self.transport):
+            return fail(
+                ArgumentError(
+                    f"{self.address} cannot take a file descriptor: give qmigd a QMP socket"
+                    " of the kind unix:PATH"
+                )
+            )
+
+        def send() -> Deferred[Any]:
+            if self._lost is None:
+                self.transport.sendFileDescriptor(fd)
+            return self._send("execute", command, arguments)
+
+        return self._descriptors.run(send)
+
+    def subscribe(self, callback: EventCallback) -> Callable[[], None]:
+        """Have ``callback`` called with every event; returns what ends that."""
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    def when_lost(self, callback: Callable[[GuestGone], None]) -> None:
+        """Have ``callback`` called once with the reason when the connection is lost."""
+        if self._lost is not None:
+            callback(self._lost)
+        else:
+            self._mourners.append(callback)
+
+    def close(self) -> None:
+        """Close the connection; commands that wait for an answer fail with GuestGone."""
+        if self._lost is None:
+            self._fail(GuestGone(f"qmigd closed its connection to {self.address}"))
+
+    # -- for Twisted
+
+    def connectionMade(self) -> None:
+        self._greeted = Deferred()
+
+    def dataReceived(self, data: bytes) -> None:
+        try:
+            messages = self._decoder.feed(data)
+        except ProtocolError as error:
+            messages = [error]
+        for message in messages:
+            if self._lost is not None:
+                return
+            if isinstance(message, ProtocolError):
+                self._fail(
+                    GuestError(f"what answers on {self.address} does not speak QMP: {message.text}")
+                )
+                return
+            self._handle(message)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._lost is None:
+            self._fail(GuestGone(f"the QEMU on {self.address} has ended or closed its QMP socket"))
+
+    # -- inside
+
+    async def handshake(self, deadline: float) -> None:
+        """Wait for the greeting and enter command mode; :func:`connect` calls it.
+
+        :raises GuestBusy: no greeting came within ``deadline`` seconds.
+        """
+        assert self._greeted is not None  # connected by now
+        try:
+            self.greeting = await self._within(deadline, self._greeted)
+        except DeadlineError:
+            busy = GuestBusy(_TAKEN.format(self.address))
+            self._fail(busy)
+            raise busy from None
+        wanted = [name for name in self.greeting.get("capabilities", []) if name == "oob"]
+        await self.execute("qmp_capabilities", **({"enable": wanted} if wanted else {}))
+
+    def _send(self, key: str, command: str, arguments: Mapping[str, Any]) -> Deferred[Any]:
+        if self._lost is not None:
+            return fail(self._lost)
+        self._last_id = number = self._last_id + 1
+        message: Message = {key: command, "id": number}
+        if arguments:
+            message["arguments"] = dict(arguments)
+        answer: Deferred[Any] = Deferred()
+        self._pending[number] = command, answer
+        self.transport.write(encode(message))
+
+        def forget(failure: Failure) -> Failure:
+            self._pending.pop(number, None)
+            return failure
+
+        answer.addErrback(forget)
+        return self._within(self.deadline, answer, command)
+
+    def _within(
+        self, seconds: float, waited: Deferred[Any], command: str = "greeting"
+    ) -> Deferred[Any]:
+        """Fail ``waited`` with QMPDeadline if it has not fired after ``seconds``."""
+
+        def late() -> None:
+            waited.errback(
+                QMPDeadline(
+                    f"the QEMU on {self.address} did not answer {command} within {seconds:g} s"
+                )
+            )
+
+        timer: IDelayedCall = self._clock.callLater(seconds, late)
+
+        def settled(result: Any) -> Any:
+            if timer.active():
+                timer.cancel()
+            return result
+
+        return waited.addBoth(settled)
+
+    def _handle(self, message: Message) -> None:
+        if "event" in message:
+            self._event(message)
+        elif "QMP" in message:
+            greeted, self._greeted = self._greeted, None
+            if greeted is not None and not greeted.called:
+                greeted.callback(message["QMP"])
+        elif "id" in message:
+            # An answer that came after its deadline has nobody waiting any more.
+            command, answer = self._pending.pop(message["id"], ("", None))
+            if answer is None:
+                return
+            if "error" in message:
+                error = message["error"]
+                answer.errback(
+                    QMPRefusal(
+                        command,
+                        error.get("class", ""),
+                        error.get("desc", "no reason given"),
+                        error.get("data", {}).get("code"),
+                    )
+                )
+            else:
+                answer.callback(message.get("return"))
+        else:
+            _log.warn(
+                "{address} sent a message that answers nothing: {message}",
+                address=self.address,
+                message=message,
+            )
+
+    def _event(self, message: Message) -> None:
+        stamp = message.get("timestamp", {})
+        time = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
+        for callback in list(self._subscribers):
+            try:
+                callback(message["event"], message.get("data", {}), time)
+            except Exception:  # its fault is not the connection's
+                _log.failure("a subscriber to QMP events failed")
+
+    def _fail(self, reason: GuestError) -> None:
+        """End the connection, and everything that waits for something from it."""
+        gone = reason if isinstance(reason, GuestGone) else GuestGone(reason.text)
+        self._lost = gone
+        self.transport.abortConnection()
+        waiting = [answer for _, answer in self._pending.values()]
+        self._pending.clear()
+        if self._greeted is not None and not self._greeted.called:
+            waiting.append(self._greeted)
+        for answer in waiting:
+            if not answer.called:
+                answer.errback(reason)
+        mourners, self._mourners = self._mourners, []
+        for mourn in mourners:
+            mourn(gone)
+
+
+def _endpoint(reactor: Any, address: str, deadline: float) -> IStreamClientEndpoint:
+    kind, _, rest = address.partition(":")
+    if kind == "unix" and rest:
+        make: Callable[..., IStreamClientEndpoint] = UNIXClientEndpoint
+        return make(reactor, rest, timeout=deadline)
+    host, _, port = rest.rpartition(":")
+    if kind == "tcp" and host and port.isdecimal() and int(port) <= 65535:
+        return HostnameEndpoint(reactor, host.strip("[]"), int(port), timeout=deadline)
+    raise ArgumentError(f"{address} is no QMP address: it has to be unix:PATH or tcp:HOST:PORT")
+
+
+def _refusal(address: str, error: Exception) -> GuestGone:
+    """Return the sentence for a connection that could not be made."""
+    path = address.partition(":")[2]
+    if isinstance(error, ConnectionRefusedError):
+        why = "nobody listens there; the QEMU has ended, or was started without -qmp on it"
+    elif address.startswith("unix:") and "No such file" in str(error):
+        why = f"there is no socket {path}; is the QEMU running, and started with -qmp on it?"
+    elif isinstance(error, TimeoutError):
+        why = "no answer came in time"
+    else:
+        why = str(getattr(error, "osError", None) or error)
+    return GuestGone(f"cannot reach a QEMU on {address}: {why}")
+
+
+def _queue_is_full(error: Exception) -> bool:
+    """Return whether the kernel has no room for another client to wait in.
+
+    A QEMU's queue has one place.  A unix socket's connect() then gives EAGAIN,
+    which Twisted takes for a connection under way, and then for one that closed.
+    """
+    cause = error.args[0] if error.args else None
+    return type(error) is ConnectError and isinstance(cause, Failure)
+
+
+async def _open(reactor: Any, address: str, deadline: float, seconds: float) -> QMPClient:
+    """Return a connection, not greeted yet; a full queue is waited for ``seconds``."""
+    endpoint = _endpoint(reactor, address, seconds)
+    factory = Factory.forProtocol(lambda: QMPClient(reactor, address, deadline=deadline))
+    factory.noisy = False
+    end = reactor.seconds() + seconds
+    while True:
+        try:
+            client = await endpoint.connect(factory)
+        except (ConnectError, NoProtocol, OSError) as error:
+            if not _queue_is_full(error):
+                raise _refusal(address, error) from None
+            if reactor.seconds() >= end:
+                raise GuestBusy(_TAKEN.format(address)) from None
+            await deferLater(reactor, QUEUE_POLL)
+        else:
+            assert isinstance(client, QMPClient)  # what the factory makes
+            return client
+
+
+async def _connect(
+    reactor: Any, address: str, deadline: float, greeting_deadline: float
+) -> QMPClient:
+    client = await _open(reactor, address, deadline, greeting_deadline)
+    try:
+        await client.handshake(greeting_deadline)
+    except BaseException:  # also where the caller cancels
+        client.close()
+        raise
+    return client
+
+
+def connect(
+    reactor: Any,
+    address: str,
+    *,
+    deadline: float = COMMAND_DEADLINE,
+    greeting_deadline: float = GREETING_DEADLINE,
+) -> Deferred[QMPClient]:
+    """Connect to a QEMU and enter command mode, out-of-band commands included.
+
+    :param reactor: provides ``IReactorTime``, and ``IReactorUNIX`` or what
+        ``HostnameEndpoint`` needs.
+    :param address: ``unix:PATH`` or ``tcp:HOST:PORT``.
+    :param deadline: seconds that each command has.
+    :param greeting_deadline: seconds that the QEMU has for its greeting.
+    :raises ArgumentError: the address is none.
+    :raises GuestBusy: somebody else is connected to that QMP socket.
+    :raises GuestGone: nobody is there.
+    """
+    return Deferred.fromCoroutine(_connect(reactor, address, deadline, greeting_deadline))
