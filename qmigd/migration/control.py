@@ -25,14 +25,14 @@ from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteE
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
 from ..transports.sockets import detach, drained, limit_reads, tune_stream
 from ..transports.uri import Address
+from ..waiting import with_deadline
 
-__all__ = ["HEARTBEATS", "Control", "connect_control", "with_deadline"]
+__all__ = ["HEARTBEATS", "Control", "connect_control"]
 
 #: How many heartbeats are sent within the time after which a silent peer is lost.
 HEARTBEATS = 4
 
 E = TypeVar("E", bound=Event)
-T = TypeVar("T")
 
 
 class Control(Protocol):
@@ -158,6 +158,10 @@ class Control(Protocol):
         self._fail(error)
         self.close()
 
+    def said_all(self) -> None:
+        """This side has said its last word: it sends no heartbeats and expects none."""
+        self._stop_heartbeats()
+
     def close(self) -> None:
         self._stop_heartbeats()
         if self.transport is not None and not self._detached:
@@ -210,9 +214,7 @@ class Control(Protocol):
             waiter.callback(None)
 
 
-async def connect_control(
-    reactor: Any, address: Address, machine: Any, deadline: float
-) -> Control:
+async def connect_control(reactor: Any, address: Address, machine: Any, deadline: float) -> Control:
     """Connect to a peer's port.
 
     :raises PeerGone: nobody answers there; the text has the reason.
@@ -225,27 +227,3 @@ async def connect_control(
         raise PeerGone(f"no qmigd can be reached at {address}: {error}") from None
     tune_stream(control.transport.getHandle())
     return control
-
-
-async def with_deadline(clock: IReactorTime, waiting: Deferred[T], seconds: float, what: str) -> T:
-    """Wait, but not for longer than ``seconds``.
-
-    :raises DeadlineError: ``what`` did not come in time; ``waiting`` was cancelled.
-    """
-    late = False
-
-    def expire() -> None:
-        nonlocal late
-        late = True
-        waiting.cancel()
-
-    call = clock.callLater(seconds, expire)
-    try:
-        return await waiting
-    except Exception:
-        if late:
-            raise DeadlineError(f"{what} did not come within {seconds:g} seconds") from None
-        raise
-    finally:
-        if call.active():
-            call.cancel()

@@ -57,7 +57,7 @@ from .ownership import Act, on_destination_failure
 from .ownership import Released as Owned
 from .paths import DestinationPath
 from .services import Services
-from .settings import settings_to_wire
+from .settings import settings_for, settings_to_wire
 
 __all__ = ["Incoming", "IncomingConnection", "IncomingFactory", "offered"]
 
@@ -149,9 +149,7 @@ class IncomingConnection(Control):
 class Incoming(Move):
     """One guest on its way in."""
 
-    def __init__(
-        self, services: Services, control: IncomingConnection, selected: Selected
-    ) -> None:
+    def __init__(self, services: Services, control: IncomingConnection, selected: Selected) -> None:
         peer = control.transport.getPeer()
         host = getattr(peer, "host", None)
         where = f"tcp:{host}:{peer.port}" if host else str(peer)
@@ -160,7 +158,7 @@ class Incoming(Move):
         )
         self._control = control
         self._selected = selected.features
-        self._description: Mapping[str, Any] = {}
+        self._theirs: Mapping[str, Any] = {}
         self._proposals: dict[str, Mapping[str, Any]] = {}
         self._left_out: dict[str, str] = {}
         self._plan: Plan | None = None
@@ -199,11 +197,15 @@ class Incoming(Move):
                 )
         while True:
             said = await control.next(
-                GuestDescribed, FeatureSaid, PrepareAsked, Started,
-                deadline=deadline, what="the source's next message",
+                GuestDescribed,
+                FeatureSaid,
+                PrepareAsked,
+                Started,
+                deadline=deadline,
+                what="the source's next message",
             )
             if isinstance(said, GuestDescribed):
-                self._description = said.description
+                self._theirs = said.description
             elif isinstance(said, FeatureSaid):
                 if said.withdrawn is not None:
                     self._left_out[said.name] = f"source: {said.withdrawn}"
@@ -228,7 +230,7 @@ class Incoming(Move):
 
         :param listed: the migration is one that the daemon shows; a probe is none.
         """
-        name = self._description.get("name")
+        name = self._theirs.get("name")
         if name is not None and not isinstance(name, str):
             raise ProtocolError("the guest's 'name' is not a string", code="bad-json")
         self.record.update(step="waiting for the guest's QEMU")
@@ -238,7 +240,7 @@ class Incoming(Move):
         if listed:
             self.services.records.add(self.record)
         facts = await self.attach(guest)
-        status = await guest.query_status()
+        status = self.state
         if status != "inmigrate":
             raise GuestError(
                 f"guest {guest.name} does not wait for a migration, it is {status}; start its "
@@ -255,20 +257,31 @@ class Incoming(Move):
 
         probe = expect(body, "probe", bool, False)
         facts = await self._take_guest(listed=not probe)
-        preflight.check(self._description, await self.describe(facts))
+        preflight.check(self._theirs, self.description)
         agreements = self._answer(facts)
-        terms = Terms(
-            {name: Traits.of(services.features[name]) for name in agreements},
-            conflicts=tuple(services.conflicts(self._source_facts(facts), facts)),
-            prefer=services.policy.prefer,
-            require=services.policy.require,
-            closed=self._closed_paths(),
-        )
-        plan = build_plan(services.features, agreements, theirs, terms, self._left_out)
+        while True:
+            terms = Terms(
+                {name: Traits.of(services.features[name]) for name in agreements},
+                conflicts=tuple(services.conflicts(self._source_facts(facts), facts)),
+                prefer=services.policy.prefer,
+                require=services.policy.require,
+                closed=self._closed_paths(),
+            )
+            plan = build_plan(services.features, agreements, theirs, terms, self._left_out)
+            try:
+                real = await self.set_up_plan(plan, facts, "destination")
+                break
+            except GuestError as error:
+                # Some things show only now: that this host forbids userfaultfd, say.
+                if _lost(error) or not (refused := await self._refused(plan, facts)):
+                    raise
+                self._left_out.update(refused)
+                agreements = {name: agreements[name] for name in agreements if name not in refused}
         self._plan = self.record.plan = plan
         prepared: dict[str, Any] = {"plan": plan.to_wire(), "terms": terms.to_wire()}
-        if not probe:
-            real = await self.set_up_plan(plan, facts, "destination")
+        if probe:
+            await self.put_back()
+        else:
             self._note("prepared")
             prepared["settings"] = settings_to_wire(real)
         self._secret = secrets.token_bytes(SECRET_SIZE)
@@ -300,13 +313,35 @@ class Incoming(Move):
                 ) from None
         return agreements
 
+    async def _refused(self, plan: Plan, facts: GuestFacts) -> dict[str, str]:
+        """The features of a plan that QEMU does not take by themselves, and what it says."""
+        assert self.guest is not None
+        features = self.services.features
+        refused: dict[str, str] = {}
+        # Those that need no other one first: where one falls, those that need it do as well.
+        for name in sorted(plan.features, key=lambda name: len(features[name].requires)):
+            members = [name]
+            for member in members:
+                members.extend(sorted(features[member].requires - set(members)))
+            if not refused.keys().isdisjoint(members):
+                continue
+            alone = Plan(plan.path, tuple(members), plan.agreements)
+            try:
+                before = await self.guest.apply(settings_for(alone, features, facts, "destination"))
+                await self.guest.apply(before)
+            except GuestError as error:
+                if _lost(error):
+                    raise
+                refused[name] = error.text
+        return refused
+
     def _source_facts(self, here: GuestFacts) -> GuestFacts:
         """What the source said of its QEMU; where it said nothing, the same as here."""
         version = here.version
-        words = str(self._description.get("qemu", "")).split(".")
+        words = str(self._theirs.get("qemu", "")).split(".")
         if len(words) == 3 and all(word.isdigit() for word in words):
             version = (int(words[0]), int(words[1]), int(words[2]))
-        machine = str(self._description.get("machine", here.machine))
+        machine = str(self._theirs.get("machine", here.machine))
         return GuestFacts(here.name, here.backend, version, machine, {}, {})
 
     def _closed_paths(self) -> dict[str, str]:
@@ -330,7 +365,8 @@ class Incoming(Move):
         if self._baseline:
             log.info(
                 "guest {guest} comes in from {peer} with no feature selected",
-                guest=guest.name, peer=self.record.peer,
+                guest=guest.name,
+                peer=self.record.peer,
             )
             await guest.incoming(await control.take_socket())
             await self._watch_baseline()
@@ -443,6 +479,9 @@ class Incoming(Move):
             await self._recover()
             self.services.verdicts.settle(self.record.id, self._ran)
         self._report(error)
+        if error is None:
+            await self._drain()
+        self._control.close()
         if self._path is not None:
             self._path.close()
         await self.put_back()
@@ -453,7 +492,9 @@ class Incoming(Move):
             return
         log.warn(
             "incoming migration {id} of guest {guest} failed: {error}",
-            id=self.record.id, guest=self.record.guest or "?", error=error.text,
+            id=self.record.id,
+            guest=self.record.guest or "?",
+            error=error.text,
         )
         status = "cancelled" if error.code == "cancelled" else "failed"
         self.record.end(status, "runs here" if self._ran else "not here", error)
@@ -494,7 +535,20 @@ class Incoming(Move):
                 body["error"] = {"class": error.code, "desc": error.text}
             control.machine.outcome(body)
             control.flush()
-        control.close()
+            control.said_all()
+
+    async def _drain(self) -> None:
+        """Let a relay pass on what QEMU has still to say.
+
+        QEMU calls a migration completed before it tells the source so on the return path,
+        without which the source's QEMU never ends.  The source closes the control
+        connection when all has arrived.
+        """
+        end = self.now() + self.services.deadlines.guest
+        while self._path is not None and self._path.busy and self.now() < end:
+            if self._control.failure is not None:
+                return
+            await self.rest()
 
     def _note(self, stage: str) -> None:
         assert self.guest is not None
@@ -514,10 +568,13 @@ class Incoming(Move):
         )
 
 
+def _lost(error: GuestError) -> bool:
+    """Whether it is about the QEMU itself, and not about what it was told."""
+    return isinstance(error, GuestGone | DeadlineError)
+
+
 def _canonical(migration: str) -> str:
     try:
         return str(uuid.UUID(migration))
     except ValueError:
         raise ProtocolError(f"{migration!r} is no UUID", code="bad-json") from None
-
-

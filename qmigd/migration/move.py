@@ -15,6 +15,7 @@ from twisted.logger import Logger
 from ..errors import GuestError, QmigdError
 from ..interfaces import Guest, GuestFacts, Role, Settings
 from ..negotiation.plan import Plan
+from ..waiting import together
 from .services import Services
 from .settings import compare, settings_for
 from .status import Record
@@ -34,6 +35,8 @@ class Move:
     """One side of one migration.
 
     :ivar guest: in this migration's hands once it has been attached.
+    :ivar state: the guest's run state when it was taken hold of.
+    :ivar description: what a preflight compares.
     :ivar saved: what was set on the guest's QEMU before; put back at the end.
     """
 
@@ -41,6 +44,8 @@ class Move:
         self.services = services
         self.record = record
         self.guest = guest
+        self.state = ""
+        self.description: dict[str, Any] = {}
         self.saved = Settings()
         self.qemu_status = "none"
         self._waiter: Deferred[None] | None = None
@@ -74,17 +79,14 @@ class Move:
     # the guest
 
     async def attach(self, guest: Guest) -> GuestFacts:
-        """Take hold of the guest and learn what its QEMU can do."""
+        """Take hold of the guest, and learn what its QEMU can do and what it is."""
         self.guest = guest
         await guest.attach()
         self._unwatch = guest.watch(self._heard)
-        return await guest.facts()
-
-    async def describe(self, facts: GuestFacts) -> dict[str, Any]:
-        """Return what a preflight compares, for the GUEST message."""
-        assert self.guest is not None
-        switched_on = sorted(name for name, on in facts.capabilities.items() if on)
-        return {**await self.guest.describe(), "capabilities": switched_on}
+        # All at once: a QEMU answers in order, and nobody has to wait in between.
+        asked = (guest.facts(), guest.query_status(), guest.describe())
+        facts, self.state, self.description = await together(map(Deferred.fromCoroutine, asked))
+        return facts
 
     def _heard(self, name: str, data: dict[str, Any]) -> None:
         if name == "MIGRATION_PASS" and self.record.role == "source":

@@ -64,6 +64,13 @@ class _Path:
         self._wake = wake
         self._relay: SourceRelay | DestinationRelay | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a relay may still have bytes to pass on."""
+        return self._relay is not None and any(
+            channel.state in ("opening", "open") for channel in self._relay.channels()
+        )
+
     def hold(self) -> None:
         """From here on QEMU's sockets stay open when the peer is lost (ownership)."""
         if self._relay is not None:

@@ -35,8 +35,7 @@ def check(source: Mapping[str, Any], destination: Mapping[str, Any]) -> None:
     found = differences(source, destination)
     if found:
         raise PreflightError(
-            "the two guests do not fit together, and nothing has been moved: "
-            + "; ".join(found)
+            "the two guests do not fit together, and nothing has been moved: " + "; ".join(found)
         )
 
 
@@ -75,9 +74,7 @@ def _blocks(source: Any, destination: Any) -> list[str]:
         if name not in here:
             found.append(f"the source has a RAM block {name!r} that this guest lacks")
         elif here[name] != size and not name.startswith(RESIZABLE):
-            found.append(
-                f"RAM block {name!r} has {size} bytes at the source and {here[name]} here"
-            )
+            found.append(f"RAM block {name!r} has {size} bytes at the source and {here[name]} here")
     return found
 
 

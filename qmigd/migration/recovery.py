@@ -53,7 +53,9 @@ async def recover(services: Services, migration: str, role: str, entry: Mapping[
     services.journal.forget(migration, role)
     log.warn(
         "migration {id} of guest {guest} was interrupted by the end of an earlier qmigd: {step}",
-        id=migration, guest=entry["guest"], step=step,
+        id=migration,
+        guest=entry["guest"],
+        step=step,
     )
 
 

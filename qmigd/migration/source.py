@@ -199,12 +199,10 @@ class Outgoing(Move):
         services, guest = self.services, self.guest
         assert guest is not None
         begun = self.now()
-        status = await guest.query_status()
+        status = self.state
         if status in _NOT_MOVABLE:
             raise GuestError(f"guest {guest.name} cannot be moved: {_NOT_MOVABLE[status]}")
         self._was_running = status == "running"
-        description = await self.describe(facts)
-
         deadline = services.deadlines.handshake
         machine = SourceHandshake()
         control = await connect_control(services.reactor, self._uri, machine, deadline)
@@ -214,7 +212,7 @@ class Outgoing(Move):
 
         candidates, left_out = self._candidates(greeted.features, facts)
         machine.reply(candidates)
-        machine.guest({**description, "name": guest.name})
+        machine.guest({**self.description, "name": guest.name})
         proposals: dict[str, dict[str, Any]] = {}
         for name in candidates:
             try:
@@ -229,16 +227,16 @@ class Outgoing(Move):
             require=self._policy.require,
             closed=self._closed_paths(bool(candidates)),
         )
-        machine.prepare(
-            {"migration": self.record.id, "terms": terms.to_wire(), "probe": probe}
-        )
+        machine.prepare({"migration": self.record.id, "terms": terms.to_wire(), "probe": probe})
         control.flush()
 
         agreements: dict[str, Mapping[str, Any]] = {}
         while True:
             said = await control.next(
-                FeatureSaid, Prepared,
-                deadline=services.deadlines.prepare, what="the destination's PREPARED",
+                FeatureSaid,
+                Prepared,
+                deadline=services.deadlines.prepare,
+                what="the destination's PREPARED",
             )
             if isinstance(said, Prepared):
                 break
@@ -506,7 +504,10 @@ class Outgoing(Move):
             status = "cancelled" if isinstance(error, Cancelled) else "failed"
             log.warn(
                 "migration {id} of guest {guest} {status}: {error}",
-                id=self.record.id, guest=self.record.guest, status=status, error=error.text,
+                id=self.record.id,
+                guest=self.record.guest,
+                status=status,
+                error=error.text,
             )
         self.record.end(status, step, error)
 
