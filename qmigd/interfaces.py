@@ -272,14 +272,10 @@ class Feature:
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
         return Yes()
 
-    def propose(
-        self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
-    def answer(
-        self, guest: GuestFacts, host: Host, proposal: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def answer(self, guest: GuestFacts, host: Host, proposal: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
     def accept(self, proposal: Mapping[str, Any], agreement: Mapping[str, Any]) -> None:

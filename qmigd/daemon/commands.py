@@ -78,9 +78,7 @@ class Commands:
                 waits = await held.query_status() == "inmigrate"
             return {
                 "guest": guest,
-                "features": [
-                    self._guest_feature(name, facts, waits) for name in services.features
-                ],
+                "features": [self._guest_feature(name, facts, waits) for name in services.features],
             }
         return await self._pair_features(guest, uri)
 

@@ -6,6 +6,7 @@ all of it.
 
 from __future__ import annotations
 
+import atexit
 import os
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ class QmigdService(Service):
 
     def _give_up(self, reason: str) -> None:
         log.error("qmigd does not start: {reason}", reason=reason)
+        # twistd would end with exit code 0 here, and a service manager take it for a success.
+        atexit.register(os._exit, 1)
         self._reactor.stop()
 
     def _event(self, name: str, data: dict[str, Any]) -> None:

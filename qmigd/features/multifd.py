@@ -53,9 +53,7 @@ class Multifd(Feature):
                 return No(f"{other} has been switched on in this QEMU, which excludes it")
         return Yes()
 
-    def propose(
-        self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         proposal: dict[str, Any] = {"cpus": host.cpus}
         if COUNT in tunables:
             proposal["channels"] = tunables[COUNT]
@@ -64,9 +62,7 @@ class Multifd(Feature):
             proposal["compression"] = compression
         return proposal
 
-    def answer(
-        self, guest: GuestFacts, host: Host, proposal: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def answer(self, guest: GuestFacts, host: Host, proposal: Mapping[str, Any]) -> dict[str, Any]:
         channels = proposal.get("channels")
         if channels is None:
             cpus = proposal.get("cpus")

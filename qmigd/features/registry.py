@@ -40,9 +40,7 @@ def collect(found: Iterable[tuple[str, object]]) -> dict[str, IFeature]:
     for origin, candidate in found:
         reason = _unusable(candidate, features)
         if reason is not None:
-            log.error(
-                "feature {origin} is left out: {reason}", origin=origin, reason=reason
-            )
+            log.error("feature {origin} is left out: {reason}", origin=origin, reason=reason)
             continue
         feature = IFeature(candidate)
         features[feature.name] = feature

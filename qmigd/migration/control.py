@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectError, DNSLookupError
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
@@ -31,6 +31,12 @@ __all__ = ["HEARTBEATS", "Control", "connect_control"]
 
 #: How many heartbeats are sent within the time after which a silent peer is lost.
 HEARTBEATS = 4
+
+#: Seconds that a refused peer has to read why and to close its side.
+LINGER = 2.0
+
+#: Bytes of what it still sends that are read, and dropped, at a time.
+DROPPED = 65536
 
 E = TypeVar("E", bound=Event)
 
@@ -54,6 +60,7 @@ class Control(Protocol):
         self._heartbeats: LoopingCall | None = None
         self._heard = 0.0
         self._detached = False
+        self._lingering: IDelayedCall | None = None
         self._error_said = False
 
     # Twisted's side
@@ -63,17 +70,22 @@ class Control(Protocol):
         limit_reads(self.transport, self.machine.wanted)
 
     def dataReceived(self, data: bytes) -> None:
+        if self._lingering is not None:
+            return
         self._heard = self._clock.seconds()
         for event in self.machine.receive(data):
             self._take(event)
-        if not self._detached:
-            self.flush()
-            limit_reads(self.transport, self.machine.wanted)
-            if self.failure is not None:
-                self.close()
+        if self._detached or self._lingering is not None:
+            return
+        self.flush()
+        limit_reads(self.transport, self.machine.wanted)
+        if self.failure is not None:
+            self._linger()
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         self._stop_heartbeats()
+        if self._lingering is not None and self._lingering.active():
+            self._lingering.cancel()
         if not self._detached:
             for event in self.machine.eof():
                 self._take(event)
@@ -155,8 +167,11 @@ class Control(Protocol):
             self._error_said = True
             self.machine.error(error.code, error.text)
             self.flush()
-        self._fail(error)
-        self.close()
+            self._fail(error)
+            self._linger()
+        else:
+            self._fail(error)
+            self.close()
 
     def said_all(self) -> None:
         """This side has said its last word: it sends no heartbeats and expects none."""
@@ -168,6 +183,19 @@ class Control(Protocol):
             self.transport.loseConnection()
 
     # inside
+
+    def _linger(self) -> None:
+        """Close, but let the peer read the ERROR first.
+
+        A connection that is closed with bytes unread is reset, and what was sent last
+        may be lost with it.  So only this side's half is closed, and what still comes
+        is read and dropped, for a moment.
+        """
+        self._stop_heartbeats()
+        if self._lingering is None and self.transport.connected:
+            self.transport.loseWriteConnection()
+            self._lingering = self._clock.callLater(LINGER, self.transport.abortConnection)
+            limit_reads(self.transport, DROPPED)
 
     def _beat(self, deadline: float) -> None:
         silent = self._clock.seconds() - self._heard

@@ -95,9 +95,7 @@ def _ordered(
     )
 
 
-def _open_paths(
-    source: Terms, destination: Terms, require: Mapping[str, None]
-) -> tuple[str, ...]:
+def _open_paths(source: Terms, destination: Terms, require: Mapping[str, None]) -> tuple[str, ...]:
     insisted = [path for path in PATHS if path in require]
     if len(insisted) > 1:
         raise FeatureError(
