@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -240,7 +241,7 @@ class ConnectTests(TestCase):
 
     def setUp(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="qmp-"))
-        self.addCleanup(self.directory.rmdir)
+        self.addCleanup(shutil.rmtree, self.directory)
         self.path = self.directory / "qmp"
 
     async def failure(self, address: str, kind: type[Exception]) -> str:
@@ -259,7 +260,6 @@ class ConnectTests(TestCase):
         """A socket file that a dead QEMU has left."""
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(os.fspath(self.path))
-        self.addCleanup(self.path.unlink)
         text = await self.failure(f"unix:{self.path}", GuestGone)
         self.assertIn("nobody listens", text)
 
@@ -267,7 +267,6 @@ class ConnectTests(TestCase):
         """The kernel accepts, and nobody greets: there is another client."""
         with socket.socket(socket.AF_UNIX) as silent:
             silent.bind(os.fspath(self.path))
-            self.addCleanup(self.path.unlink)
             silent.listen(1)
             text = await self.failure(f"unix:{self.path}", GuestBusy)
         self.assertIn("one client at a time", text)
@@ -276,7 +275,6 @@ class ConnectTests(TestCase):
         """Where not even the kernel has room for one more, the socket is taken as well."""
         with socket.socket(socket.AF_UNIX) as full:
             full.bind(os.fspath(self.path))
-            self.addCleanup(self.path.unlink)
             full.listen(0)
             with socket.socket(socket.AF_UNIX) as waiting:
                 waiting.connect(os.fspath(self.path))
@@ -287,14 +285,14 @@ class ConnectTests(TestCase):
         """A client that waited for room is let in when there is some."""
         with socket.socket(socket.AF_UNIX) as full:
             full.bind(os.fspath(self.path))
-            self.addCleanup(self.path.unlink)
             full.listen(0)
             with socket.socket(socket.AF_UNIX) as waiting:
                 waiting.connect(os.fspath(self.path))
                 connecting = connect(reactor, f"unix:{self.path}")
                 # Only now is the place in the queue taken out of it.
-                await deferLater(reactor, QUEUE_POLL)  # type: ignore[arg-type]
+                await deferLater(reactor, QUEUE_POLL)
                 self.assertFalse(connecting.called)
+                full.setblocking(False)
                 full.accept()[0].close()
                 factory: Any = Factory.forProtocol(lambda: Monitor([], []))
                 port = reactor.adoptStreamPort(  # type: ignore[attr-defined]
