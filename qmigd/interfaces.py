@@ -326,11 +326,8 @@ class Guest(Protocol):
         :raises qmigd.errors.ArgumentError: a name is unknown or a value does not fit.
         """
 
-    async def apply(self, settings: Settings) -> Settings:
-        """Set; returns what the same names were set to before."""
-
-    async def readback(self, settings: Settings) -> Settings:
-        """Return the present values of the names in ``settings``."""
+    async def apply(self, settings: Settings) -> tuple[Settings, Settings]:
+        """Set; returns what the same names were set to before, and what was read back."""
 
     async def incoming(self, channel: str | socket.socket) -> None:
         """Have it wait for the stream on a URI, or take it from a connected socket."""

@@ -431,4 +431,6 @@ class CodecTests(PumpCase):
 
         _, qemu, _peer = self.make(codec=Broken)
         qemu.sendall(b"x")
-        self.assertIn("could not be encoded: it failed: KeyError('oops')", await self.ended)
+        reason = await self.ended
+        self.assertIn("could not be encoded: the codec failed: KeyError('oops')", reason)
+        self.assertEqual(len(self.flushLoggedErrors(KeyError)), 1)

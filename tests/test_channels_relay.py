@@ -285,6 +285,12 @@ class SourceTests(RelayCase):
         self.assertIn("too long a path", error.text)
         self.assertEqual(list(deep.iterdir()), [])
 
+    async def test_no_run_dir(self) -> None:
+        """A run directory that is not there is said so."""
+        gone = self.run_dir / "gone"
+        error = self.assertRaises(LocalError, SourceRelay, reactor, gone, PLAN, None, None)
+        self.assertIn("No such file or directory", error.text)
+
     async def test_codec_cannot_be_made(self) -> None:
         """A codec that cannot even be made loses its channel, and nothing besides."""
 

@@ -152,10 +152,11 @@ class SettingsTests(QemuCase):
                 dict.fromkeys(wanted.capabilities, False), dict.fromkeys(wanted.parameters)
             )
             fresh = await held.readback(names)
-            before = await held.apply(wanted)
+            before, now = await held.apply(wanted)
+            self.assertEqual(now, wanted)
             self.assertEqual(before, fresh)
             self.assertEqual(await held.readback(wanted), wanted)
-            self.assertEqual(await held.apply(before), wanted)
+            self.assertEqual(await held.apply(before), (wanted, before))
             self.assertEqual(await held.readback(names), fresh)
 
     async def test_unset(self) -> None:

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from qmigd.interfaces import ICodec
 from qmigd.transports.sockets import set_send_buffer
@@ -58,10 +59,12 @@ class End:
     :ivar what: ``eof``: its source had no more to say; ``source`` or ``sink``: that
         socket failed; ``codec``: the bytes could not be encoded or decoded.
     :ivar text: why, for people; empty for ``eof``.
+    :ivar mistake: what a codec raised that it should not have.
     """
 
     what: Literal["eof", "source", "sink", "codec"]
     text: str = ""
+    mistake: Failure | None = None
 
 
 class Flow:
@@ -104,10 +107,11 @@ class Flow:
     def _run(self) -> None:
         try:
             end = self._copy()
+        except ValueError as error:
+            end = End("codec", str(error))
         except Exception as error:
-            # From a codec: the only code in there that is not ours.
-            text = str(error) if isinstance(error, ValueError) else f"it failed: {error!r}"
-            end = End("codec", text)
+            # From a codec as well: the only code in there that is not ours.
+            end = End("codec", f"the codec failed: {error!r}", Failure())
         self._report(self, end)
 
     def _copy(self) -> End:
@@ -247,6 +251,8 @@ class Pump:
             elif not self.hold:
                 _shut(self._guest, socket.SHUT_WR)
         elif end.what == "codec":
+            if end.mistake is not None:
+                log.failure("a codec failed", failure=end.mistake)
             what = "the guest sent could not be encoded"
             if not outward:
                 what = "the peer sent could not be decoded"

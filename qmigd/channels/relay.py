@@ -145,7 +145,13 @@ class _Relay:
         self._working = False
         self._opening: Deferred[socket.socket] | None = None
         self._stopped: list[Deferred[None]] = []
-        self._directory = tempfile.mkdtemp(prefix="relay-", dir=run_dir)
+        try:
+            self._directory = tempfile.mkdtemp(prefix="relay-", dir=run_dir)
+        except OSError as error:
+            raise LocalError(
+                f"No directory can be made in the run directory {os.fspath(run_dir)}: "
+                f"{error.strerror}."
+            ) from None
         path = os.path.join(self._directory, "qemu")
         if len(os.fsencode(path)) > MAX_UNIX_PATH:
             self._remove_directory()
@@ -332,7 +338,7 @@ class SourceRelay(_Relay):
         :param open_channel: opens one to the peer, and returns its socket once payload
             may flow; its errors are :class:`~qmigd.errors.QmigdError`.
         :param codec: makes what encodes and decodes, an object for each direction.
-        :raises LocalError: ``run_dir`` has too long a path.
+        :raises LocalError: ``run_dir`` cannot be used, or has too long a path.
         """
         super().__init__(reactor, run_dir, on_event, codec)
         self._planned = deque(channels)
@@ -411,7 +417,7 @@ class DestinationRelay(_Relay):
         """
         :param run_dir: where its directory is made; as short a path as can be.
         :param codec: makes what encodes and decodes, an object for each direction.
-        :raises LocalError: ``run_dir`` has too long a path.
+        :raises LocalError: ``run_dir`` cannot be used, or has too long a path.
         """
         super().__init__(reactor, run_dir, on_event, codec)
 

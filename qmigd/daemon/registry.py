@@ -13,6 +13,7 @@ from ..errors import GuestBusy, GuestError, GuestGone, GuestNotFound
 from ..guests.launch import Launcher
 from ..guests.qemu import QemuGuest
 from ..interfaces import Guest
+from ..migration.move import OVER
 from .config import GuestConfig
 
 __all__ = ["GuestRegistry"]
@@ -187,12 +188,12 @@ class GuestRegistry:
         await guest.attach()
         try:
             status = await guest.query_status()
-            if status == WAITING:
+            if status == WAITING and (await guest.query_migrate())["status"] not in OVER:
                 return False
             if status == "running":
                 raise GuestBusy(f"guest '{entry.config.name}' runs here already")
-            if status == "postmigrate":
-                # It was moved away from here; now it comes back.
+            if status in ("postmigrate", WAITING):
+                # It was moved away from here and now comes back, or it failed to come in.
                 await guest.quit()
                 return True
             raise GuestBusy(

@@ -164,8 +164,8 @@ class QemuGuest:
 
     # -- settings
 
-    async def apply(self, settings: Settings) -> Settings:
-        """Set, and see that it is set; returns what the same names were set to before.
+    async def apply(self, settings: Settings) -> tuple[Settings, Settings]:
+        """Set, and read back that it is set; returns what was before, and what is now.
 
         A parameter that had no value before is ``None`` in what is returned, and
         giving ``None`` unsets one where QEMU can do that (``tls-creds``); where it
@@ -195,7 +195,7 @@ class QemuGuest:
                 earlier = await self._settable(before.parameters)
                 await together(self._set(Settings(before.capabilities, earlier)))
             raise
-        return before
+        return before, answers[-1][1]
 
     def _compare(self, wanted: Settings, got: Settings) -> None:
         present = {**got.capabilities, **got.parameters}

@@ -38,11 +38,9 @@ class Schema:
     """What qmigd needs to know out of a QEMU's schema.
 
     :ivar parameters: what ``migrate-set-parameters`` takes, without present values.
-    :ivar arguments: the names of each command's arguments.
     """
 
     parameters: tuple[Tunable, ...]
-    arguments: Mapping[str, frozenset[str]]
 
     def tunables(self, values: Mapping[str, Any]) -> list[Tunable]:
         """Return the parameters with their present values.
@@ -65,24 +63,13 @@ class Schema:
         """Return whether a parameter can be unset by giving it null."""
         return any(known.name == name and known.type == NULLABLE for known in self.parameters)
 
-    def has_argument(self, command: str, argument: str) -> bool:
-        """Return whether there is such a command with such an argument."""
-        return argument in self.arguments.get(command, ())
-
 
 def read(entities: Sequence[Entity]) -> Schema:
     """Make a :class:`Schema` of what ``query-qmp-schema`` returned."""
     by_name = {entity["name"]: entity for entity in entities}
-    arguments: dict[str, frozenset[str]] = {}
-    parameters: tuple[Tunable, ...] = ()
-    for entity in entities:
-        if entity["meta-type"] != "command":
-            continue
-        members = by_name[entity["arg-type"]].get("members", ())
-        arguments[entity["name"]] = frozenset(member["name"] for member in members)
-        if entity["name"] == "migrate-set-parameters":
-            parameters = tuple(_parameter(member, by_name) for member in members)
-    return Schema(parameters, arguments)
+    command = by_name["migrate-set-parameters"]
+    members = by_name[command["arg-type"]].get("members", ())
+    return Schema(tuple(_parameter(member, by_name) for member in members))
 
 
 def _parameter(member: Entity, by_name: Mapping[str, Entity]) -> Tunable:

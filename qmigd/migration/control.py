@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectError, DNSLookupError
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol, IReactorTime
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
@@ -41,6 +42,7 @@ DROPPED = 65536
 E = TypeVar("E", bound=Event)
 
 
+@implementer(IHalfCloseableProtocol)
 class Control(Protocol):
     """One control connection, of either role.
 
@@ -91,6 +93,17 @@ class Control(Protocol):
                 self._take(event)
             self._error_said = True
             self._fail(PeerGone("the peer closed the connection"))
+
+    def readConnectionLost(self) -> None:
+        """The peer has no more to say, but may still read why that was not enough."""
+        if self._lingering is None:
+            for event in self.machine.eof():
+                self._take(event)
+            self.flush()
+        self.close()
+
+    def writeConnectionLost(self) -> None:
+        """This side's half is closed, by itself or because the peer is gone: nothing to do."""
 
     # what the owner calls
 

@@ -157,6 +157,8 @@ class Incoming(Move):
             services, services.records.new(str(uuid.uuid4()), "", "destination", where)
         )
         self._control = control
+        # This host's address, as the peer has reached it; none over a unix socket.
+        self._host = str(getattr(control.transport.getHost(), "host", ""))
         self._selected = selected.features
         self._theirs: Mapping[str, Any] = {}
         self._proposals: dict[str, Mapping[str, Any]] = {}
@@ -327,7 +329,8 @@ class Incoming(Move):
                 continue
             alone = Plan(plan.path, tuple(members), plan.agreements)
             try:
-                before = await self.guest.apply(settings_for(alone, features, facts, "destination"))
+                wanted = settings_for(alone, features, facts, "destination")
+                before, _ = await self.guest.apply(wanted)
                 await self.guest.apply(before)
             except GuestError as error:
                 if _lost(error):
@@ -352,6 +355,8 @@ class Incoming(Move):
         }
         if self.services.ports is None:
             closed.setdefault(DIRECT, "the destination offers no direct-ports")
+        if not self._host:
+            closed.setdefault(DIRECT, "the two daemons speak over a unix socket, not a network")
         return closed
 
     # the stream
@@ -374,11 +379,10 @@ class Incoming(Move):
         control.listen(self._said)
         control.stay_alive(self.services.deadlines.peer)
         await guest.stop()
-        host = control.transport.getHost().host
         self._path = DestinationPath(
             self.services, plan, self.record.id, self._secret, self.wake, guest
         )
-        ready = await self._path.open(host)
+        ready = await self._path.open(self._host)
         control.machine.status({"ready": True, **ready})
         control.flush()
         await self._watch()

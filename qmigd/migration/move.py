@@ -96,9 +96,9 @@ class Move:
     async def set_up(self, settings: Settings) -> Settings:
         """Set, remember what was set before, and return what is really set now."""
         assert self.guest is not None
-        before = await self.guest.apply(settings)
+        before, now = await self.guest.apply(settings)
         self.saved = before | self.saved
-        return await self.guest.readback(settings)
+        return now
 
     async def set_up_plan(
         self, plan: Plan, guest: GuestFacts, role: Role, extra: Settings | None = None

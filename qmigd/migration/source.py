@@ -350,7 +350,8 @@ class Outgoing(Move):
             self._path = SourcePath(
                 services, plan, self.record.id, self._secret, self.wake, self._uri
             )
-            host = control.transport.getPeer().host
+            # Over a unix socket there is none, and the plan does without.
+            host = str(getattr(control.transport.getPeer(), "host", ""))
             await guest.migrate(await self._path.open(host, self._ready or {}))
             self.record.times["set-up"] = self.now() - begun
             self.record.can_postcopy = any(
