@@ -10,7 +10,7 @@ for the secret is the owner's: it waits, reads nothing (``opened``), and goes on
 with the owner's ``attached()``; from there every byte is payload.
 
 *A Reply* makes it a control connection.  The source may describe its guest
-(once, and first), the two sides say one FEATURE for each selected feature, and
+(in one GUEST or in several), the two sides say one FEATURE for each selected feature, and
 PREPARE is answered by PREPARED.  Then comes START.  Where no feature was
 selected, START may come right after the Reply too, though not between PREPARE
 and PREPARED, when the destination's answer would fall into the stream; and in
@@ -89,7 +89,7 @@ _waiting = _builder.state("waiting")  # for a Reply or a role header
 _opened = _builder.state("opened")  # a payload channel, not yet accepted
 _attached = _builder.state("attached")  # a payload channel, the payload's
 _replied = _builder.state("replied")
-_described = _builder.state("described")  # GUEST came, or can come no more
+_described = _builder.state("described")  # GUEST or FEATURE came: no ASK any more
 _preparing = _builder.state("preparing")  # this side owes PREPARED
 _prepared = _builder.state("prepared")
 _asked = _builder.state("asked")  # this side owes the OUTCOME of an earlier migration
@@ -113,6 +113,7 @@ _replied.upon(_I.got_bare_ask).to(_asked)(tell)
 _replied.upon(_I.got_bare_start).to(_streaming)(tell)
 _replied.upon(_I.say_feature).loop()(send)
 
+_described.upon(_I.got_guest).loop()(tell)
 _described.upon(_I.got_feature).loop()(tell)
 _described.upon(_I.got_prepare).to(_preparing)(tell)
 _described.upon(_I.got_bare_start).to(_streaming)(tell)

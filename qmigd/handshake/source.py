@@ -81,7 +81,7 @@ _builder = TypeMachineBuilder(_Inputs, Core)
 _waiting = _builder.state("waiting")  # for the Greeting
 _greeted = _builder.state("greeted")  # this side owes the Reply
 _replied = _builder.state("replied")
-_described = _builder.state("described")  # GUEST is said, or can be said no more
+_described = _builder.state("described")  # GUEST or FEATURE is said: no ASK any more
 _preparing = _builder.state("preparing")  # the destination owes PREPARED
 _prepared = _builder.state("prepared")
 _asking = _builder.state("asking")  # the destination owes the OUTCOME of an earlier migration
@@ -103,6 +103,7 @@ _replied.upon(_I.say_bare_ask).to(_asking)(send)
 _replied.upon(_I.say_bare_start).to(_streaming)(send)
 _replied.upon(_I.got_feature).loop()(tell)
 
+_described.upon(_I.say_guest).loop()(send)
 _described.upon(_I.say_feature).loop()(send)
 _described.upon(_I.say_prepare).to(_preparing)(send)
 _described.upon(_I.say_bare_start).to(_streaming)(send)
@@ -211,7 +212,7 @@ class SourceHandshake(Exchange):
         self._selected = tuple(features)
 
     def guest(self, description: Mapping[str, Any]) -> None:
-        """Describe the guest, before anything else is said after the Reply."""
+        """Name or describe the guest; what is said later adds to what was said before."""
         self._say(self._inputs.say_guest, "guest()", messages.Guest(description).encode())
 
     def feature(self, name: str, parameters: Mapping[str, Any]) -> None:
