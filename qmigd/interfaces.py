@@ -42,6 +42,7 @@ __all__ = [
     "RELAY",
     "Answer",
     "Channels",
+    "Examined",
     "Feature",
     "Guest",
     "GuestFacts",
@@ -126,6 +127,19 @@ class GuestFacts:
     capabilities: Mapping[str, bool]
     #: The migration parameters that this QEMU knows, with their present values.
     parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a guest is like at one moment.
+
+    :ivar status: its run state in QEMU's words.
+    :ivar description: what a preflight compares, JSON (docs/protocol, GUEST).
+    """
+
+    facts: GuestFacts
+    status: str
+    description: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -313,10 +327,8 @@ class Guest(Protocol):
         Beside QEMU's own events there is ``QMIGD_GONE``: the guest was lost.
         """
 
-    async def facts(self) -> GuestFacts: ...
-
-    async def describe(self) -> dict[str, Any]:
-        """Return what a preflight compares, JSON (docs/protocol, GUEST)."""
+    async def examine(self) -> Examined:
+        """Return what there is to know before a migration, all at one time."""
 
     async def tunables(self) -> list[Tunable]: ...
 

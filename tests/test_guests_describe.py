@@ -57,7 +57,7 @@ class DescribeTests(RigCase):
         held = QemuGuest(reactor, guest.name, f"unix:{guest.qmp_path}")
         await held.attach()
         try:
-            return json.loads(json.dumps(await held.describe()))
+            return json.loads(json.dumps((await held.examine()).description))
         finally:
             held.detach()
             guest.close()
@@ -78,9 +78,6 @@ class DescribeTests(RigCase):
             for incoming in (False, True):
                 described = await self.described(label, incoming=incoming, extra=DEVICES + drive)
                 self.assertEqual(described.pop("qemu"), require(label).version)
-                features = described.pop("cpu-features")
-                self.assertTrue(all(isinstance(bits, int) for bits in features.values()))
-                self.assertIn("0x1.edx", features)
                 seen.append(described)
         for described in seen[1:]:
             self.assertEqual(described, seen[0])
@@ -90,7 +87,6 @@ class DescribeTests(RigCase):
         described = await self.described("7.2", incoming=False, extra=DEVICES)
         self.assertEqual(described["name"], "guest")
         self.assertEqual(described["machine"], "pc-i440fx-7.2")
-        self.assertEqual(described["arch"], "x86_64")
         self.assertEqual(described["memory"], 64 << 20)
         self.assertEqual(described["cpus"], 2)
         self.assertEqual(described["cpu-model"], "qemu64-x86_64-cpu")
@@ -120,7 +116,7 @@ class DescribeTests(RigCase):
         held = QemuGuest(reactor, guest.name, f"unix:{guest.qmp_path}")
         await held.attach()
         try:
-            described = await held.describe()
+            described = (await held.examine()).description
         finally:
             held.detach()
         self.assertEqual(described["machine"], "isapc")

@@ -82,7 +82,7 @@ class AttachTests(QemuCase):
         for label in LABELS:
             guest = self.started(label)
             held = await self.held(guest)
-            facts = await held.facts()
+            facts = (await held.examine()).facts
             self.assertEqual(".".join(map(str, facts.version)), guest.qemu.version)
             self.assertEqual(facts.machine, "pc-i440fx-7.2")
             self.assertIs(facts.capabilities["postcopy-ram"], False)
@@ -232,7 +232,11 @@ class MoveTests(QemuCase):
             for guest in (out, into)
         ]
         await out.apply(Settings(parameters={"max-bandwidth": 1 << 40}))
-        for end in ends:
+        for guest, end in zip((out, into), ends, strict=True):
+            # It may have been over before anybody listened.
+            if (await guest.query_migrate())["status"] == "completed":
+                end.addErrback(lambda failure: None)
+                end.cancel()
             await end
         self.assertEqual((await out.query_migrate())["status"], "completed")
 
@@ -351,8 +355,8 @@ class MoveTests(QemuCase):
     async def test_cancel(self) -> None:
         """The source goes on.
 
-        7.2 may call it failed: it closes the connection before it takes note of the
-        cancel, and its migration thread may be the first to find out.
+        QEMU may call it failed: the destination closes the connection, and the migration
+        thread may find that out before it takes note of the cancel (seen on 7.2 and 10.0).
         """
         for label in LABELS:
             _, other, out, into = await self.pair(label, label)
@@ -360,7 +364,7 @@ class MoveTests(QemuCase):
             over = Deferred.fromCoroutine(when(out, "MIGRATION", status("cancelled", "failed")))
             await out.cancel()
             ended = (await over)["status"]
-            self.assertTrue(ended == "cancelled" or label == "7.2", (label, ended))
+            self.assertIn(ended, ("cancelled", "failed"))
             self.assertEqual(await out.query_status(), "running")
 
     async def test_why_a_load_failed(self) -> None:

@@ -158,12 +158,12 @@ DESTINATION: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
     ),
     "described": (
         (FEATURES, "GUEST"),
-        {"FEATURE": None, "PREPARE": "preparing", **GONE},
+        {"GUEST": None, "FEATURE": None, "PREPARE": "preparing", **GONE},
         {"feature": None, **GIVE_UP},
     ),
     "described, bare": (
         (BARE, "GUEST"),
-        {"PREPARE": "preparing", "START": "streaming", **GONE},
+        {"GUEST": None, "PREPARE": "preparing", "START": "streaming", **GONE},
         GIVE_UP,
     ),
     "preparing": (
@@ -219,7 +219,7 @@ SOURCE: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
     "described": (
         (*REPLIED, "guest()"),
         {"FEATURE": None, **GONE},
-        {"feature": None, "prepare": "preparing", **GIVE_UP},
+        {"guest": None, "feature": None, "prepare": "preparing", **GIVE_UP},
     ),
     "preparing": (
         ASKED,
@@ -263,7 +263,11 @@ BARE_SOURCE: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
             **GIVE_UP,
         },
     ),
-    "described": (("guest()",), GONE, {"prepare": "preparing", "start": "streaming", **GIVE_UP}),
+    "described": (
+        ("guest()",),
+        GONE,
+        {"guest": None, "prepare": "preparing", "start": "streaming", **GIVE_UP},
+    ),
     "preparing": (
         ("prepare()",),
         {"PREPARED": "prepared", **GONE},

@@ -237,6 +237,13 @@ MIGRATION = Struct(
             optional=True,
         ),
         Member(
+            "handover-time",
+            NUMBER,
+            "How long the guest stood still beyond QEMU's `downtime`, until the destination "
+            "let it run.",
+            optional=True,
+        ),
+        Member(
             "negotiation-time",
             NUMBER,
             "What the two daemons added before QEMU's own part.",

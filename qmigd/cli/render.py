@@ -190,7 +190,8 @@ def _times(entry: _Json) -> str:
     if "total-time" in entry:
         said.append(f"in {duration(entry['total-time'])}")
     if "downtime" in entry:
-        said.append(f"stood still for {duration(entry['downtime'])}")
+        still = entry["downtime"] + entry.get("handover-time", 0)
+        said.append(f"stood still for {duration(still)}")
     return ", ".join(said)
 
 

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 
 from .. import __version__
 from ..api import COMMANDS, nearest, schema
-from ..errors import ArgumentError, GuestNotFound, MigrationError
+from ..errors import ArgumentError, GuestNotFound, MigrationError, QmigdError
 from ..interfaces import PATHS, Guest, GuestFacts, No, Role, Tunable
 from ..migration.destination import offered
 from ..migration.services import Services
@@ -74,8 +74,8 @@ class Commands:
             return {"features": [self._host_feature(name) for name in services.features]}
         if uri is None:
             async with self._guests.borrowed(guest) as held:
-                facts = await held.facts()
-                waits = await held.query_status() == "inmigrate"
+                examined = await held.examine()
+            facts, waits = examined.facts, examined.status == "inmigrate"
             return {
                 "guest": guest,
                 "features": [self._guest_feature(name, facts, waits) for name in services.features],
@@ -140,17 +140,18 @@ class Commands:
         record = services.records.new(new_id(), guest, "source", str(address))
         held = self._guests.take(guest, record.id)
         outgoing = Outgoing(services, record, address, policy, {})
+        outgoing.call()
         try:
-            facts = await outgoing.attach(held)
+            examined = await outgoing.attach(held)
             outgoing.tunables = await self._checked(held, tunables or {})
-        except BaseException:
+        except QmigdError as error:
+            outgoing.hang_up(error)
             outgoing.let_go()
-            self._guests.free(held)
             raise
         record.tunables = outgoing.tunables
         services.records.add(record)
         self._outgoing[guest] = outgoing
-        Deferred.fromCoroutine(outgoing.begin(facts)).addBoth(
+        Deferred.fromCoroutine(outgoing.begin(examined)).addBoth(
             lambda _: self._outgoing.pop(guest, None)
         )
         return {"id": record.id}

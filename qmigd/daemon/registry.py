@@ -219,6 +219,13 @@ class GuestRegistry:
         names = ", ".join(entry.config.name for entry in waiting)
         raise GuestNotFound(f"no guest was named, and more than one waits here: {names}")
 
+    def assign(self, guest: Guest, migration: str) -> None:
+        """The migration that has it is known by its id now."""
+        entry = self._entry(guest.name)
+        if entry.launched_for == entry.migration:
+            entry.launched_for = migration
+        entry.migration = migration
+
     def launched_for(self, guest: Guest, migration: str) -> bool:
         """Whether its QEMU was started for this very migration."""
         entry = self._entries.get(guest.name)

@@ -20,7 +20,7 @@ from twisted.logger import Logger
 from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.guests import describe, schema
 from qmigd.guests.quirks import SEVERAL_CHANNELS
-from qmigd.interfaces import GuestFacts, Settings, Tunable
+from qmigd.interfaces import Examined, GuestFacts, Settings, Tunable
 from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal, connect
 from qmigd.waiting import together
 
@@ -34,6 +34,9 @@ LOADED_POLL = 0.003
 #: The argument of ``migrate-incoming`` with which a failed load does not end the
 #: process (QEMU 9.1 and newer), so that it can tell why it failed.
 _STAY = "exit-on-error"
+
+#: Builds of QEMU, and arguments that they were found not to know.
+_UNKNOWN: set[tuple[str, str]] = set()
 
 Watcher = Callable[[str, dict[str, Any]], None]
 
@@ -120,30 +123,26 @@ class QemuGuest:
 
     # -- what it is
 
-    async def facts(self) -> GuestFacts:
+    async def examine(self) -> Examined:
         client = self.client
         # All at once: QEMU answers in order, and nobody waits in between.
-        answer, machine, capabilities, parameters = await together(
+        (description, capabilities), parameters, status = await together(
             [
-                client.execute("query-version"),
-                Deferred.fromCoroutine(describe.machine(client)),
-                Deferred.fromCoroutine(self._capabilities()),
+                Deferred.fromCoroutine(describe.describe(client)),
                 client.execute("query-migrate-parameters"),
+                client.execute("query-status"),
             ]
         )
-        version = answer["qemu"]
-        return GuestFacts(
+        version = client.greeting["version"]["qemu"]
+        facts = GuestFacts(
             name=self.name,
             backend=self.backend,
             version=(version["major"], version["minor"], version["micro"]),
-            machine=machine,
+            machine=description.get("machine", ""),
             capabilities=capabilities,
             parameters=parameters,
         )
-
-    async def describe(self) -> dict[str, Any]:
-        """Return what a preflight compares (:mod:`qmigd.guests.describe`)."""
-        return {"name": self.name, **await describe.describe(self.client)}
+        return Examined(facts, status["status"], {"name": self.name, **description})
 
     async def tunables(self) -> list[Tunable]:
         client = self.client
@@ -322,14 +321,18 @@ class QemuGuest:
     async def _try(self, command: str, uri: str, wishes: Mapping[str, Any]) -> None:
         """Run a command, without those of ``wishes`` that this QEMU does not know.
 
-        Asking is cheaper than reading the schema, which takes a QEMU some 20 ms.
+        Trying is cheaper than reading the schema, which takes a QEMU some 20 ms; and what
+        one build does not know is remembered.
         """
+        build = str(self.client.greeting["version"])
+        known = {name: wish for name, wish in wishes.items() if (build, name) not in _UNKNOWN}
         try:
-            await self.client.execute(command, uri=uri, **wishes)
+            await self.client.execute(command, uri=uri, **known)
         except QMPRefusal as refusal:
-            known = {name: wish for name, wish in wishes.items() if name not in refusal.desc}
-            if len(known) == len(wishes):
+            refused = {(build, name) for name in known if name in refusal.desc}
+            if not refused:
                 raise
+            _UNKNOWN.update(refused)
             await self._try(command, uri, known)
 
     async def query_status(self) -> str:

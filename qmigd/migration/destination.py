@@ -15,6 +15,7 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -161,6 +162,8 @@ class Incoming(Move):
         self._host = str(getattr(control.transport.getHost(), "host", ""))
         self._selected = selected.features
         self._theirs: Mapping[str, Any] = {}
+        self._description: Mapping[str, Any] = {}
+        self._taking: Deferred[GuestFacts] | None = None
         self._proposals: dict[str, Mapping[str, Any]] = {}
         self._left_out: dict[str, str] = {}
         self._plan: Plan | None = None
@@ -207,7 +210,7 @@ class Incoming(Move):
                 what="the source's next message",
             )
             if isinstance(said, GuestDescribed):
-                self._theirs = said.description
+                self._described(said.description)
             elif isinstance(said, FeatureSaid):
                 if said.withdrawn is not None:
                     self._left_out[said.name] = f"source: {said.withdrawn}"
@@ -220,46 +223,57 @@ class Incoming(Move):
                 await control.next(Started, deadline=deadline, what="the source's START")
                 break
             else:
-                facts = await self._take_guest()
+                facts = await self._taken()
+                self.services.records.add(self.record)
                 self._plan = self.record.plan = Plan("handover", path_reason="baseline")
                 await self.set_up_plan(self._plan, facts, "destination")
                 break
         control.expect_within(None)
         self._baseline = not self._selected
 
-    async def _take_guest(self, *, listed: bool = True) -> GuestFacts:
-        """Find the guest that is meant, and take hold of it.
-
-        :param listed: the migration is one that the daemon shows; a probe is none.
-        """
-        name = self._theirs.get("name")
+    def _described(self, description: Mapping[str, Any]) -> None:
+        """Take in what the source says of its guest; the name may come ahead of the rest."""
+        name = self._theirs.get("name", description.get("name"))
         if name is not None and not isinstance(name, str):
             raise ProtocolError("the guest's 'name' is not a string", code="bad-json")
+        self._theirs = {**self._theirs, **description, "name": name}
+        if name is not None and self._taking is None:
+            self._taking = Deferred.fromCoroutine(self._take_guest(name))
+
+    async def _taken(self) -> GuestFacts:
+        """The guest that is meant, in our hands."""
+        if self._taking is None:
+            self._taking = Deferred.fromCoroutine(self._take_guest(None))
+        return await self._taking
+
+    async def _take_guest(self, name: str | None) -> GuestFacts:
         self.record.update(step="waiting for the guest's QEMU")
         guest = await self.services.guests.waiting(name, self.record.id)
         self.guest = guest
         self.record.guest = guest.name
-        if listed:
-            self.services.records.add(self.record)
-        facts = await self.attach(guest)
-        status = self.state
-        if status != "inmigrate":
+        examined = await self.attach(guest)
+        if examined.status != "inmigrate":
             raise GuestError(
-                f"guest {guest.name} does not wait for a migration, it is {status}; start its "
-                f"QEMU with -incoming defer",
+                f"guest {guest.name} does not wait for a migration, it is {examined.status}; "
+                f"start its QEMU with -incoming defer",
                 code="guest-not-waiting",
             )
-        return facts
+        self._description = examined.description
+        return examined.facts
 
     async def _prepare(self, body: Mapping[str, Any]) -> None:
         services, machine = self.services, self._control.machine
-        migration = expect(body, "migration", str)
-        self.record.id = _canonical(migration)
+        migration = _canonical(expect(body, "migration", str))
         theirs = Terms.from_wire(expect(body, "terms", dict))
 
         probe = expect(body, "probe", bool, False)
-        facts = await self._take_guest(listed=not probe)
-        preflight.check(self._theirs, self.description)
+        facts = await self._taken()
+        assert self.guest is not None
+        services.guests.assign(self.guest, migration)
+        self.record.id = migration
+        if not probe:
+            services.records.add(self.record)
+        preflight.check(self._theirs, self._description)
         agreements = self._answer(facts)
         while True:
             terms = Terms(
@@ -505,6 +519,10 @@ class Incoming(Move):
 
     async def _recover(self) -> None:
         """After a failure: nothing must run here that may run at the source."""
+        if self._taking is not None:
+            # A QEMU may just be starting for it.
+            with suppress(QmigdError):
+                await self._taking
         guest = self.guest
         if guest is None:
             return

@@ -13,9 +13,8 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ..errors import GuestError, QmigdError
-from ..interfaces import Guest, GuestFacts, Role, Settings
+from ..interfaces import Examined, Guest, GuestFacts, Role, Settings
 from ..negotiation.plan import Plan
-from ..waiting import together
 from .services import Services
 from .settings import compare, settings_for
 from .status import Record
@@ -35,8 +34,6 @@ class Move:
     """One side of one migration.
 
     :ivar guest: in this migration's hands once it has been attached.
-    :ivar state: the guest's run state when it was taken hold of.
-    :ivar description: what a preflight compares.
     :ivar saved: what was set on the guest's QEMU before; put back at the end.
     """
 
@@ -44,8 +41,6 @@ class Move:
         self.services = services
         self.record = record
         self.guest = guest
-        self.state = ""
-        self.description: dict[str, Any] = {}
         self.saved = Settings()
         self.qemu_status = "none"
         self._waiter: Deferred[None] | None = None
@@ -78,15 +73,12 @@ class Move:
 
     # the guest
 
-    async def attach(self, guest: Guest) -> GuestFacts:
+    async def attach(self, guest: Guest) -> Examined:
         """Take hold of the guest, and learn what its QEMU can do and what it is."""
         self.guest = guest
         await guest.attach()
         self._unwatch = guest.watch(self._heard)
-        # All at once: a QEMU answers in order, and nobody has to wait in between.
-        asked = (guest.facts(), guest.query_status(), guest.describe())
-        facts, self.state, self.description = await together(map(Deferred.fromCoroutine, asked))
-        return facts
+        return await guest.examine()
 
     def _heard(self, name: str, data: dict[str, Any]) -> None:
         if name == "MIGRATION_PASS" and self.record.role == "source":

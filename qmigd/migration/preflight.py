@@ -78,6 +78,18 @@ def _blocks(source: Any, destination: Any) -> list[str]:
     return found
 
 
+def _drives(source: Any, destination: Any) -> list[str]:
+    here = {drive["name"]: drive.get("size") for drive in destination if not drive["removable"]}
+    return [
+        f"drive {drive['name']!r} has {drive['size']} bytes at the source and "
+        f"{here[drive['name']]} here"
+        for drive in source
+        if not drive["removable"]
+        and here.get(drive["name"]) is not None
+        and drive.get("size") not in (None, here[drive["name"]])
+    ]
+
+
 def _devices(source: Any, destination: Any) -> list[str]:
     def label(device: Mapping[str, Any]) -> tuple[str, str]:
         place = device.get("address") or device.get("id") or ""
@@ -114,5 +126,6 @@ _COMPARED: Mapping[str, Callable[[Any, Any], list[str]]] = {
     "cpus": _same("the number of CPUs"),
     "cpu-model": _same("the CPU model"),
     "devices": _devices,
+    "drives": _drives,
     "capabilities": _capabilities,
 }

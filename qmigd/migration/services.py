@@ -67,6 +67,9 @@ class Guests(Protocol):
         :raises GuestError: none waits, or it cannot be started.
         """
 
+    def assign(self, guest: Guest, migration: str) -> None:
+        """The migration that has it is known by its id now."""
+
     def launched_for(self, guest: Guest, migration: str) -> bool:
         """Whether its QEMU was started for this very migration."""
 

@@ -17,7 +17,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -39,7 +40,7 @@ from ..handshake.events import (
     StatusSaid,
 )
 from ..handshake.source import SourceHandshake
-from ..interfaces import HANDOVER, PATHS, Guest, GuestFacts, No, Settings, Withdraw
+from ..interfaces import HANDOVER, PATHS, Examined, Guest, GuestFacts, No, Settings, Withdraw
 from ..negotiation.agree import build_plan
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
@@ -92,6 +93,8 @@ class Outgoing(Move):
         self._uri = uri
         self._policy = policy
         self.tunables = tunables
+        self._calling: Deferred[list[str]] | None = None
+        self._left_out: dict[str, str] = {}
         self._control: Control | None = None
         self._path: SourcePath | None = None
         self._plan: Plan | None = None
@@ -103,17 +106,34 @@ class Outgoing(Move):
         self._ready: Mapping[str, Any] | None = None
         self._secret = b""
         self._release_taken: Deferred[None] | None = None
+        self._completed: float | None = None
         self._cancelled: str | None = None
         self._baseline = False
 
     # what the daemon's commands call
 
-    async def begin(self, facts: GuestFacts) -> None:
+    def call(self) -> None:
+        """Connect to the peer, and say which guest it is about.
+
+        Done before the guest has been looked at, so that both sides look at the same
+        time; what this guest turns out not to be able to do is withdrawn later.
+        """
+        self._calling = Deferred.fromCoroutine(self._call())
+
+    def hang_up(self, error: QmigdError) -> None:
+        """Take the call back: there will be no migration."""
+        if self._calling is not None:
+            self._calling.addErrback(lambda failure: None)
+            self._calling.cancel()
+        if self._control is not None:
+            self._control.refuse(error)
+
+    async def begin(self, examined: Examined) -> None:
         """Do it all.  Never raises: how it ended is in the record."""
         error: QmigdError | None = None
         try:
-            await self._negotiate(facts)
-            await self._move(facts)
+            await self._negotiate(examined)
+            await self._move(examined.facts)
         except QmigdError as failure:
             error = failure
         except Exception:
@@ -128,10 +148,14 @@ class Outgoing(Move):
 
         :raises QmigdError: a migration would be refused, and why.
         """
+        self.call()
         try:
             await self._negotiate(await self.attach(guest), probe=True)
             assert self._plan is not None
             return self._plan
+        except QmigdError as error:
+            self.hang_up(error)
+            raise
         finally:
             if self._control is not None:
                 self._control.close()
@@ -149,8 +173,12 @@ class Outgoing(Move):
             )
         self._cancelled = reason
         self.wake()
-        if self._control is not None and not self._started:
+        if self._started:
+            return
+        if self._control is not None:
             self._control.abandon(Cancelled(reason))
+        elif self._calling is not None:
+            self._calling.cancel()
 
     async def start_postcopy(self) -> None:
         """Switch the guest over now; its remaining RAM follows.
@@ -195,34 +223,61 @@ class Outgoing(Move):
 
     # negotiation
 
-    async def _negotiate(self, facts: GuestFacts, *, probe: bool = False) -> None:
-        services, guest = self.services, self.guest
-        assert guest is not None
-        begun = self.now()
-        status = self.state
-        if status in _NOT_MOVABLE:
-            raise GuestError(f"guest {guest.name} cannot be moved: {_NOT_MOVABLE[status]}")
-        self._was_running = status == "running"
-        deadline = services.deadlines.handshake
+    async def _call(self) -> list[str]:
+        """Return what both hosts can do; what they cannot is in ``_left_out``."""
+        deadline = self.services.deadlines.handshake
         machine = SourceHandshake()
-        control = await connect_control(services.reactor, self._uri, machine, deadline)
+        control = await connect_control(self.services.reactor, self._uri, machine, deadline)
         self._control = control
         greeted = await control.greeted(deadline)
-        self.record.times["greeting"] = self.now() - begun
-
-        candidates, left_out = self._candidates(greeted.features, facts)
+        candidates = self._candidates(greeted.features)
         machine.reply(candidates)
-        machine.guest({**self.description, "name": guest.name})
+        machine.guest({"name": self.record.guest})
+        control.flush()
+        return candidates
+
+    def _candidates(self, offered: tuple[str, ...]) -> list[str]:
+        candidates = []
+        for name, feature in self.services.features.items():
+            answer = feature.probe_host(self.services.host)
+            if name in self._policy.exclude:
+                self._left_out[name] = "excluded by the policy"
+            elif isinstance(answer, No):
+                self._left_out[name] = f"source host: {answer.reason}"
+            elif name not in offered:
+                self._left_out[name] = "destination: its qmigd does not offer it"
+            else:
+                candidates.append(name)
+        self._check_required()
+        return candidates
+
+    def _check_required(self) -> None:
+        for name in self._policy.require:
+            if name in self._left_out:
+                raise FeatureError(f"{name} is required but cannot be had: {self._left_out[name]}")
+
+    async def _negotiate(self, examined: Examined, *, probe: bool = False) -> None:
+        facts = examined.facts
+        if examined.status in _NOT_MOVABLE:
+            why = _NOT_MOVABLE[examined.status]
+            raise GuestError(f"guest {facts.name} cannot be moved: {why}")
+        self._was_running = examined.status == "running"
+        candidates = await self._called()
+        assert self._control is not None
+        control, machine, left_out = self._control, self._control.machine, self._left_out
+
+        machine.guest(examined.description)
         proposals: dict[str, dict[str, Any]] = {}
         for name in candidates:
             try:
                 proposals[name] = self._propose(name, facts)
                 machine.feature(name, proposals[name])
             except Withdraw as withdrawal:
-                left_out[name] = str(withdrawal)
+                left_out[name] = f"source: {withdrawal}"
                 machine.feature(name, {"withdrawn": str(withdrawal)})
+        self._check_required()
         terms = Terms(
-            {name: Traits.of(services.features[name]) for name in proposals},
+            {name: Traits.of(self.services.features[name]) for name in proposals},
             prefer=self._policy.prefer,
             require=self._policy.require,
             closed=self._closed_paths(bool(candidates)),
@@ -235,7 +290,7 @@ class Outgoing(Move):
             said = await control.next(
                 FeatureSaid,
                 Prepared,
-                deadline=services.deadlines.prepare,
+                deadline=self.services.deadlines.prepare,
                 what="the destination's PREPARED",
             )
             if isinstance(said, Prepared):
@@ -248,35 +303,19 @@ class Outgoing(Move):
                 agreements[said.name] = said.parameters
         self._agree(said.body, terms, agreements, left_out, facts)
         self._baseline = not candidates
-        self.record.times["negotiated"] = self.now() - begun - self.record.times["greeting"]
 
-    def _candidates(
-        self, offered: tuple[str, ...], facts: GuestFacts
-    ) -> tuple[list[str], dict[str, str]]:
-        """What both hosts and this guest can do; and why not, for the rest."""
-        left_out: dict[str, str] = {}
-        candidates = []
-        for name, feature in self.services.features.items():
-            answer = feature.probe_host(self.services.host)
-            place = "source host"
-            if answer:
-                answer = feature.probe_guest(facts, "source")
-                place = "source"
-            if name in self._policy.exclude:
-                left_out[name] = "excluded by the policy"
-            elif isinstance(answer, No):
-                left_out[name] = f"{place}: {answer.reason}"
-            elif name not in offered:
-                left_out[name] = "destination: its qmigd does not offer it"
-            else:
-                candidates.append(name)
-        for name in self._policy.require:
-            if name in left_out:
-                raise FeatureError(f"{name} is required but cannot be had: {left_out[name]}")
-        return candidates, left_out
+    async def _called(self) -> list[str]:
+        assert self._calling is not None
+        try:
+            return await self._calling
+        except (CancelledError, ConnectingCancelledError):
+            raise Cancelled(self._cancelled or "cancelled") from None
 
     def _propose(self, name: str, facts: GuestFacts) -> dict[str, Any]:
         feature = self.services.features[name]
+        answer = feature.probe_guest(facts, "source")
+        if isinstance(answer, No):
+            raise Withdraw(answer.reason)
         own = {key: value for key, value in self.tunables.items() if key in feature.tunables}
         return feature.propose(facts, self.services.host, own)
 
@@ -329,7 +368,6 @@ class Outgoing(Move):
     async def _move(self, facts: GuestFacts) -> None:
         services, guest, control, plan = self.services, self.guest, self._control, self._plan
         assert guest is not None and control is not None and plan is not None
-        begun = self.now()
         negotiated = set().union(*(services.features[name].tunables for name in plan.features))
         own = {key: value for key, value in self.tunables.items() if key not in negotiated}
         self._raise_if_over()
@@ -342,7 +380,7 @@ class Outgoing(Move):
         self.record.update(step="moving RAM")
         if self._baseline:
             await guest.migrate(await control.take_socket())
-            self.record.times["set-up"] = self.now() - begun
+            self.record.under_way()
         else:
             control.listen(self._said)
             control.stay_alive(services.deadlines.peer)
@@ -353,7 +391,7 @@ class Outgoing(Move):
             # Over a unix socket there is none, and the plan does without.
             host = str(getattr(control.transport.getPeer(), "host", ""))
             await guest.migrate(await self._path.open(host, self._ready or {}))
-            self.record.times["set-up"] = self.now() - begun
+            self.record.under_way()
             self.record.can_postcopy = any(
                 "postcopy" in services.features[name].abilities for name in plan.features
             )
@@ -420,16 +458,23 @@ class Outgoing(Move):
                 taken, self._release_taken = self._release_taken, None
                 taken.callback(None)
             if event.body.get("running"):
-                self._peer = Peer.RUNS
+                self._runs_there()
         elif isinstance(event, Outcome):
             self._outcome = event
             self._peer = _PEER[event.body.get("ran")]
+            if self._peer is Peer.RUNS:
+                self._runs_there()
         if (event is None or self._outcome is not None) and self._release_taken is not None:
             taken, self._release_taken = self._release_taken, None
             taken.errback(
                 MigrationError("the destination was lost before it could take the guest over")
             )
         self.wake()
+
+    def _runs_there(self) -> None:
+        self._peer = Peer.RUNS
+        if self._completed is not None and self.record.handover_time is None:
+            self.record.handover_time = self.now() - self._completed
 
     def _release(self, *, postcopy: bool) -> None:
         """From here on the guest is the destination's."""
@@ -451,6 +496,7 @@ class Outgoing(Move):
         assert self._control is not None
         self.record.update(step="handing over")
         if self._released is Released.NO:
+            self._completed = self.now()
             self._release(postcopy=False)
         end = self.now() + self.services.deadlines.stall
         while self._outcome is None:

@@ -43,6 +43,9 @@ class Record:
     :ivar step: what is going on, for people.
     :ivar owner: whose the guest is (:mod:`qmigd.migration.ownership`).
     :ivar progress: what QEMU's ``query-migrate`` said last.
+    :ivar negotiation_time: seconds from the command to QEMU's own start.
+    :ivar handover_time: seconds in which the guest stood still for the daemons' sake,
+        beyond QEMU's own downtime.
     :ivar listed: it is one of the migrations that the daemon shows and tells of.
     """
 
@@ -61,7 +64,8 @@ class Record:
     error: QmigdError | None = None
     started: float = field(default_factory=time.time)
     ended: float | None = None
-    times: dict[str, float] = field(default_factory=dict)
+    negotiation_time: float | None = None
+    handover_time: float | None = None
     listed: bool = False
     _passes: int = 0
 
@@ -72,6 +76,10 @@ class Record:
         if status is not None and status != self.status and self.ended is None:
             self.status = status
             self._tell()
+
+    def under_way(self) -> None:
+        """QEMU has been told to migrate: all that came before was negotiation."""
+        self.negotiation_time = time.time() - self.started
 
     def progressed(self, progress: Mapping[str, Any]) -> None:
         """Take over what QEMU's ``query-migrate`` says."""
@@ -128,8 +136,10 @@ class Record:
         }
         if self.plan is not None:
             entry["plan"] = self.plan.to_json()
-        if self.times:
-            entry["negotiation-time"] = round(sum(self.times.values()) * 1000, 2)
+        if self.negotiation_time is not None:
+            entry["negotiation-time"] = round(self.negotiation_time * 1000, 2)
+        if self.handover_time is not None:
+            entry["handover-time"] = round(self.handover_time * 1000, 2)
         if self.error is not None:
             entry["error"] = {"class": self.error.code, "desc": self.error.text}
         if self.ended is not None:
