@@ -7,9 +7,11 @@ all of it.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from twisted.application.service import IService, Service
 from twisted.internet.defer import Deferred, DeferredList
@@ -87,6 +89,7 @@ class QmigdService(Service):
         state = daemon.state_dir
         try:
             run_dir = _private(state / "run")
+            self._lock = _locked(state / "lock")
             journal = FileJournal(_private(state / "migrations"))
             self._guests = GuestRegistry(reactor, config.guests, state, daemon.guest_deadline)
         except OSError as error:
@@ -124,8 +127,11 @@ class QmigdService(Service):
 
     async def _start(self) -> None:
         try:
+            for left in self._services.run_dir.glob("relay-*"):
+                shutil.rmtree(left, ignore_errors=True)
             for migration, role, entry in list(self._journal.entries()):
-                await recover(self._services, migration, role, entry)
+                # The guests are reserved at once; QEMU may still take its time.
+                Deferred.fromCoroutine(recover(self._services, migration, role, entry))
             factory = IncomingFactory(self._services)
             for uri in self._config.daemon.listen:
                 port = await uri.server(self._reactor).listen(factory)
@@ -171,6 +177,24 @@ def _deferred(result: Any) -> Deferred[Any]:
 def _private(directory: Path) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """Return a file that only one process at a time can have.
+
+    A second daemon would take the first one's migrations for interrupted ones.
+
+    :raises SystemExit: another daemon has it.
+    """
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(
+            f"qmigd: another daemon uses the state directory {path.parent}; stop it first, or "
+            f"name another one with 'state-dir' in [daemon]"
+        ) from None
+    return file
 
 
 def _conflicts(source: GuestFacts, destination: GuestFacts) -> list[Conflict]:

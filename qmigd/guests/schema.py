@@ -101,14 +101,14 @@ def _parameter(member: Entity, by_name: Mapping[str, Entity]) -> Tunable:
 
 
 _by_client: WeakKeyDictionary[QMPClient, Schema] = WeakKeyDictionary()
-_by_build: dict[tuple[str, ...], Schema] = {}
+_by_build: dict[str, Schema] = {}
 
 
 async def of(client: QMPClient) -> Schema:
     """Return the schema of the QEMU that ``client`` is connected to.
 
     It is asked for once per connection, and once in the process for every
-    build: version, package and target of a QEMU that says what package it is.
+    build: version and package of a QEMU that says what package it is.
 
     :raises GuestError: the QEMU did not answer.
     """
@@ -116,8 +116,7 @@ async def of(client: QMPClient) -> Schema:
         return known
     version = client.greeting.get("version", {})
     package = version.get("package", "")
-    target = await client.execute("query-target")
-    build = (json.dumps(version, sort_keys=True), target["arch"])
+    build = json.dumps(version, sort_keys=True)
     schema = _by_build.get(build)
     if schema is None:
         schema = read(await client.execute("query-qmp-schema"))

@@ -250,6 +250,10 @@ class DestinationHandshake(Exchange):
         """
         self._say(self._inputs.say_error, "error()", messages.Error(code, text).encode())
 
+    def _no_payload_follows(self) -> bool:
+        # With features, the stream has channels of its own.
+        return bool(self._selected)
+
     def _heard(self, item: Any) -> None:
         inputs = self._inputs
         match item:

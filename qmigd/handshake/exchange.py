@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from automat import NoTransition
 
@@ -136,6 +136,10 @@ def table_of(machine: Any) -> Table:
     )
 
 
+#: Bytes that may be read at once where they are all for the handshake.
+READ_AHEAD: Final = 65536
+
+
 class Exchange(ABC):
     """One connection's handshake, seen from one side.
 
@@ -185,6 +189,20 @@ class Exchange(ABC):
         if self.closed or self._state in self.payload_states | self.silent_states:
             return 0
         return self._decoder.wanted
+
+    @property
+    def may_read(self) -> int:
+        """How many bytes may be read from the socket now, at most.
+
+        The same as :attr:`wanted` as long as payload may come behind the item that is
+        being read; much more where none can come on this connection.
+        """
+        wanted = self.wanted
+        return max(wanted, READ_AHEAD) if wanted and self._no_payload_follows() else wanted
+
+    def _no_payload_follows(self) -> bool:
+        """Whether the peer cannot send payload here before this side has acted."""
+        return False
 
     @property
     def leftover(self) -> bytes:

@@ -268,6 +268,10 @@ class SourceHandshake(Exchange):
         """Give up: say why, and be closed.  Harmless when closed already."""
         self._say(self._inputs.say_error, "error()", messages.Error(code, text).encode())
 
+    def _no_payload_follows(self) -> bool:
+        # The destination's guest says nothing before this side's START.
+        return True
+
     def _heard(self, item: Any) -> None:
         inputs = self._inputs
         match item:

@@ -1,7 +1,7 @@
 """The control connection: a handshake machine on a Twisted transport.
 
 The machine (:mod:`qmigd.handshake`) turns bytes into events; this module feeds it,
-never reading past what it wants, sends what it has to say, and hands its events to
+never reading what may be payload, sends what it has to say, and hands its events to
 whoever waits for them.  Once the migration runs it also keeps the connection alive,
 and finds out when the peer is not: every byte from the peer is a sign of life, and
 both sides send a heartbeat when they have nothing else to say.
@@ -69,7 +69,7 @@ class Control(Protocol):
 
     def connectionMade(self) -> None:
         self.flush()
-        limit_reads(self.transport, self.machine.wanted)
+        limit_reads(self.transport, self.machine.may_read)
 
     def dataReceived(self, data: bytes) -> None:
         if self._lingering is not None:
@@ -80,7 +80,7 @@ class Control(Protocol):
         if self._detached or self._lingering is not None:
             return
         self.flush()
-        limit_reads(self.transport, self.machine.wanted)
+        limit_reads(self.transport, self.machine.may_read)
         if self.failure is not None:
             self._linger()
 

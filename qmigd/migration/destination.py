@@ -444,8 +444,7 @@ class Incoming(Move):
             self.services.verdicts.settle(self.record.id, True)
             if not self._told_running:
                 self._told_running = True
-                self._control.machine.status({"running": True, "status": status})
-                self._flush()
+                self._tell({"running": True, "status": status})
             return status == "completed"
         return False
 
@@ -479,14 +478,15 @@ class Incoming(Move):
             if self._run:
                 # While it still waits for the stream this only lets it run later.
                 await self.guest.cont()
-            self._control.machine.status({"released": True})
-            self._flush()
+            self._tell({"released": True})
         except QmigdError as error:
             self._failure = error
         self.wake()
 
-    def _flush(self) -> None:
+    def _tell(self, body: Mapping[str, Any]) -> None:
+        """Tell the source, if it is still there: it may be lost, but not what it released."""
         if self._control.failure is None:
+            self._control.machine.status(body)
             self._control.flush()
 
     # the end
@@ -582,6 +582,7 @@ class Incoming(Move):
                 "qmp": self.services.guests.where(self.guest),
                 "peer": self.record.peer,
                 "stage": stage,
+                "baseline": self._baseline,
                 "secret": self._secret.hex(),
                 "run": self._run,
                 "capabilities": dict(self.saved.capabilities),

@@ -33,11 +33,11 @@ async def recover(services: Services, migration: str, role: str, entry: Mapping[
     move = Move(services, record)
     try:
         move.guest = services.guests.retake(entry["guest"], entry["qmp"], migration)
+        if role == "destination":
+            services.verdicts.expect(migration, bytes.fromhex(entry.get("secret", "")))
         await move.attach(move.guest)
         move.saved = Settings(entry.get("capabilities", {}), entry.get("parameters", {}))
         act = _source if role == "source" else _destination
-        if role == "destination":
-            services.verdicts.expect(migration, bytes.fromhex(entry.get("secret", "")))
         step = await act(move, entry)
         await move.put_back()
     except GuestGone as gone:
@@ -66,6 +66,9 @@ async def _source(move: Move, entry: Mapping[str, Any]) -> str:
     if await move.look() not in {*OVER, "none"}:
         await move.guest.cancel()
     await _until_over(move)
+    if entry.get("baseline") and move.qemu_status == "completed":
+        # Nobody has to be asked there: the destination's QEMU lets it run by itself.
+        return "the guest is the destination's"
     if entry.get("was-running", True) and await move.guest.query_status() != "running":
         await move.guest.cont()
     return "the guest goes on here"
@@ -76,13 +79,22 @@ async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
     services = move.services
     try:
         peer, secret = parse_uri(entry["peer"]), bytes.fromhex(entry["secret"])
-        answer = await ask(
-            services.reactor, peer, move.record.id, secret, services.deadlines.handshake
-        )
     except (QmigdError, KeyError, ValueError) as error:
-        log.info("no answer on migration {id}: {error}", id=move.record.id, error=str(error))
+        log.warn("migration {id} cannot be asked about: {error}", id=move.record.id, error=error)
         return False
-    return answer.get("ran") is False
+    end = move.now() + services.deadlines.ask
+    while move.now() < end:
+        try:
+            answer = await ask(
+                services.reactor, peer, move.record.id, secret, services.deadlines.handshake
+            )
+        except QmigdError as error:
+            log.info("no answer from {peer}: {error}", peer=peer, error=error.text)
+        else:
+            if answer.get("ran") is not None:
+                return answer["ran"] is False
+        await move.rest()
+    return False
 
 
 async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
@@ -90,23 +102,33 @@ async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
     if entry["stage"] == "prepared":
         return "nothing had been moved; its QEMU still waits"
     if entry["stage"] == "receiving":
+        if entry.get("baseline"):
+            # QEMU has the connection, and lets the guest run by itself.
+            await _until_over(move, patient=True)
         if await move.guest.query_status() == "running":
             move.services.verdicts.settle(move.record.id, True)
             return "it runs here"
+        if entry.get("baseline") and move.qemu_status == "completed":
+            return "it is here, as it was at the source"
         move.saved = Settings()
         await move.guest.quit()
         move.services.verdicts.settle(move.record.id, False)
         return "the guest is the source's; the half of it that was here was ended"
-    await _until_over(move)
+    await _until_over(move, patient=True)
     if entry.get("run", True) and await move.guest.query_status() != "running":
         await move.guest.cont()
     move.services.verdicts.settle(move.record.id, True)
     return "the guest runs here"
 
 
-async def _until_over(move: Move) -> None:
-    """QEMU may go on without a daemon; wait as long as it makes progress."""
+async def _until_over(move: Move, *, patient: bool = False) -> None:
+    """QEMU may go on without a daemon; wait as long as it makes progress.
+
+    :param patient: wait as long as it takes: a destination's QEMU does not say how far it is.
+    """
     while await move.look() not in {*OVER, "none"}:
-        if move.stalled_for() > move.services.deadlines.stall:
+        if move.qemu_status == "postcopy-paused":
+            raise GuestError("the stream broke in postcopy, and pages of its RAM are missing")
+        if not patient and move.stalled_for() > move.services.deadlines.stall:
             raise GuestError(f"QEMU's migration hangs at {move.qemu_status}")
         await move.rest()

@@ -600,7 +600,8 @@ class Outgoing(Move):
     def _part(self, error: QmigdError | None) -> None:
         control = self._control
         assert control is not None
-        if error is None or control.failure is not None or self._outcome is not None:
+        streams = self._baseline and self._started  # the connection is QEMU's
+        if error is None or control.failure is not None or self._outcome is not None or streams:
             control.close()
         elif isinstance(error, Cancelled) and self._started:
             control.machine.cancel(error.text)
@@ -629,6 +630,7 @@ class Outgoing(Move):
                 "qmp": self.services.guests.where(self.guest),
                 "peer": self.record.peer,
                 "stage": stage,
+                "baseline": self._baseline,
                 "secret": self._secret.hex(),
                 "was-running": self._was_running,
                 "capabilities": dict(self.saved.capabilities),

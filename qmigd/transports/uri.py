@@ -12,6 +12,7 @@ from typing import Final
 
 from twisted.internet.endpoints import (
     HostnameEndpoint,
+    TCP4ClientEndpoint,
     TCP4ServerEndpoint,
     TCP6ServerEndpoint,
     UNIXClientEndpoint,
@@ -71,6 +72,9 @@ class TcpAddress:
         """
         if not self.host or not self.port:
             raise ArgumentError(f"{self} names no host and port that could be connected to.")
+        # An address needs no look-up, which takes longer than the connection itself.
+        if _is_ipv4(self.host):
+            return TCP4ClientEndpoint(reactor, self.host, self.port, timeout)
         return HostnameEndpoint(reactor, self.host, self.port, timeout)
 
     def server(self, reactor: object, backlog: int = 1024) -> IStreamServerEndpoint:
@@ -128,6 +132,13 @@ def parse_uri(text: str) -> Address:
     raise ArgumentError(
         f'"{text}" has the unknown scheme "{scheme}": write tcp:HOST:PORT or unix:PATH.'
     )
+
+
+def _is_ipv4(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 4
+    except ValueError:
+        return False
 
 
 def _parse_tcp(text: str, rest: str) -> TcpAddress:
