@@ -46,7 +46,7 @@ from ..handshake.events import (
     Selected,
     Started,
 )
-from ..interfaces import DIRECT, PATHS, GuestFacts, No, Withdraw
+from ..interfaces import DIRECT, PATHS, GuestFacts, No, Settings, Withdraw
 from ..negotiation.agree import build_plan
 from ..negotiation.plan import Plan
 from ..negotiation.terms import Terms, Traits, expect
@@ -226,7 +226,7 @@ class Incoming(Move):
                 facts = await self._taken()
                 self.services.records.add(self.record)
                 self._plan = self.record.plan = Plan("handover", path_reason="baseline")
-                await self.set_up_plan(self._plan, facts, "destination")
+                await self._set_up(self._plan, facts)
                 break
         control.expect_within(None)
         self._baseline = not self._selected
@@ -275,6 +275,7 @@ class Incoming(Move):
             services.records.add(self.record)
         preflight.check(self._theirs, self._description)
         agreements = self._answer(facts)
+        self._secret = secrets.token_bytes(SECRET_SIZE)
         while True:
             terms = Terms(
                 {name: Traits.of(services.features[name]) for name in agreements},
@@ -285,7 +286,7 @@ class Incoming(Move):
             )
             plan = build_plan(services.features, agreements, theirs, terms, self._left_out)
             try:
-                real = await self.set_up_plan(plan, facts, "destination")
+                real = await self._set_up(plan, facts)
                 break
             except GuestError as error:
                 # Some things show only now: that this host forbids userfaultfd, say.
@@ -298,9 +299,7 @@ class Incoming(Move):
         if probe:
             await self.put_back()
         else:
-            self._note("prepared")
             prepared["settings"] = settings_to_wire(real)
-        self._secret = secrets.token_bytes(SECRET_SIZE)
         prepared["secret"] = self._secret.hex()
         services.verdicts.expect(self.record.id, self._secret)
         for name in self._selected:
@@ -328,6 +327,9 @@ class Incoming(Move):
                     f"the source's parameters for {name} make no sense: {error}", code="feature"
                 ) from None
         return agreements
+
+    async def _set_up(self, plan: Plan, facts: GuestFacts) -> Settings:
+        return await self.set_up_plan(plan, facts, "destination", lambda: self._note("prepared"))
 
     async def _refused(self, plan: Plan, facts: GuestFacts) -> dict[str, str]:
         """The features of a plan that QEMU does not take by themselves, and what it says."""
@@ -535,11 +537,11 @@ class Incoming(Move):
             if self._owned is Owned.YES:
                 self._ran = state != "inmigrate"
             if on_destination_failure(self._owned, bool(self._ran)) is Act.QUIT:
-                self.saved = type(self.saved)()
+                self.saved = Settings()
                 await guest.quit()
         except GuestGone:
             # It ended by itself, as QEMU does when a load fails.
-            self.saved = type(self.saved)()
+            self.saved = Settings()
         except QmigdError as second:
             log.warn("guest {guest}: {error}", guest=guest.name, error=second.text)
 

@@ -7,6 +7,7 @@ things and no more.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -93,14 +94,34 @@ class Move:
         return now
 
     async def set_up_plan(
-        self, plan: Plan, guest: GuestFacts, role: Role, extra: Settings | None = None
+        self,
+        plan: Plan,
+        guest: GuestFacts,
+        role: Role,
+        note: Callable[[], None],
+        tunables: Mapping[str, Any] | None = None,
     ) -> Settings:
         """Set all that the plan asks for, and see that it is set.
 
+        :param note: puts down what is to be put back, before anything is set.
+        :param tunables: to be set as well.
         :raises FeatureError: QEMU took it, but does not have it.
         """
         wanted = settings_for(plan, self.services.features, guest, role)
-        real = await self.set_up(wanted | (extra or Settings()))
+        every = wanted | Settings({}, tunables or {})
+        self.saved = (
+            Settings(
+                {
+                    name: guest.capabilities[name]
+                    for name in every.capabilities
+                    if name in guest.capabilities
+                },
+                {name: guest.parameters.get(name) for name in every.parameters},
+            )
+            | self.saved
+        )
+        note()
+        real = await self.set_up(every)
         compare(wanted, real, role)
         return Settings(
             {name: real.capabilities[name] for name in wanted.capabilities},

@@ -40,7 +40,17 @@ from ..handshake.events import (
     StatusSaid,
 )
 from ..handshake.source import SourceHandshake
-from ..interfaces import HANDOVER, PATHS, Examined, Guest, GuestFacts, No, Settings, Withdraw
+from ..interfaces import (
+    DIRECT,
+    HANDOVER,
+    PATHS,
+    Examined,
+    Guest,
+    GuestFacts,
+    No,
+    Settings,
+    Withdraw,
+)
 from ..negotiation.agree import build_plan
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
@@ -107,6 +117,7 @@ class Outgoing(Move):
         self._secret = b""
         self._release_taken: Deferred[None] | None = None
         self._completed: float | None = None
+        self._stage = ""
         self._cancelled: str | None = None
         self._baseline = False
 
@@ -219,6 +230,7 @@ class Outgoing(Move):
         if self.guest is None or not self._started:
             raise ArgumentError("the migration is not under way yet, or over")
         await self.set_up(Settings({}, tunables))
+        self._note(self._stage)
         self.record.tunables = {**self.record.tunables, **tunables}
 
     # negotiation
@@ -371,8 +383,7 @@ class Outgoing(Move):
         negotiated = set().union(*(services.features[name].tunables for name in plan.features))
         own = {key: value for key, value in self.tunables.items() if key not in negotiated}
         self._raise_if_over()
-        await self.set_up_plan(plan, facts, "source", Settings({}, own))
-        self._note("started")
+        await self.set_up_plan(plan, facts, "source", lambda: self._note("started"), own)
 
         self._started = True
         control.machine.start()
@@ -421,7 +432,7 @@ class Outgoing(Move):
                 return
             if status in OVER:
                 self._raise_if_over()
-                raise MigrationError(f"QEMU's migration {status}: {await self.reason()}")
+                raise MigrationError(f"QEMU's migration {status}: {await self._why()}")
             if status == "postcopy-paused":
                 raise MigrationError(
                     "the stream broke in postcopy; the guest is the destination's, and RAM that "
@@ -435,6 +446,16 @@ class Outgoing(Move):
                     code="deadline",
                 )
             await self.rest()
+
+    async def _why(self) -> str:
+        reason = await self.reason()
+        moved = self.record.progress.get("ram", {}).get("transferred", 0)
+        if self._plan is not None and self._plan.path == DIRECT and not moved:
+            reason += (
+                "; if the destination's direct-ports cannot be reached from here, "
+                "'--exclude direct' takes another path"
+            )
+        return reason
 
     def _raise_if_over(self) -> None:
         """Give up where there is reason to and the guest is still ours."""
@@ -496,6 +517,8 @@ class Outgoing(Move):
         assert self._control is not None
         self.record.update(step="handing over")
         if self._released is Released.NO:
+            if self._cancelled is not None:
+                raise Cancelled(self._cancelled)
             self._completed = self.now()
             self._release(postcopy=False)
         end = self.now() + self.services.deadlines.stall
@@ -568,6 +591,11 @@ class Outgoing(Move):
                 await self._ask()
             await self._end_qemus_migration()
             act = on_source_failure(self._released, self._peer)
+            if act is Act.LEAVE and self.qemu_status.startswith("postcopy"):
+                return (
+                    "stopped here; it is the destination's, which may still need RAM that is "
+                    "here: do not end this QEMU before the guest there has all of it"
+                )
             if act is Act.LEAVE:
                 return (
                     "stopped here, because it may run at the destination; if it is lost there "
@@ -622,6 +650,7 @@ class Outgoing(Move):
 
     def _note(self, stage: str) -> None:
         assert self.guest is not None
+        self._stage = stage
         self.services.journal.write(
             self.record.id,
             "source",
