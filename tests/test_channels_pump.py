@@ -212,6 +212,29 @@ class PumpTests(PumpCase):
         self.assertEqual(there, back)
         await self.ended
 
+    async def test_pieces_of_any_size(self) -> None:
+        """Small and large alternate; each comes through while nothing follows it."""
+        _, qemu, peer = self.make()
+        for size in (1, 3 * MIB + 1, 7, 64 << 10, MIB, 5 * MIB, 1, 1):
+            for writer, reader in ((peer, qemu), (qemu, peer)):
+                writing = deferToThread(writer.sendall, pattern(size))
+                data = await deferToThread(reader.recv, size, socket.MSG_WAITALL)
+                await writing
+                self.assertEqual(data, pattern(size))
+
+    async def test_end_right_behind_bulk(self) -> None:
+        """An end and a reset that come while reads are gathered are noticed like any other."""
+        for close in (socket.socket.close, reset):
+            _, qemu, peer = self.make()
+            writing = deferToThread(peer.sendall, pattern(5 * MIB))
+            await deferToThread(qemu.recv, 3 * MIB, socket.MSG_WAITALL)
+            reading = deferToThread(qemu.recv, 3 * MIB, socket.MSG_WAITALL)
+            await writing
+            close(peer)
+            await reading
+            qemu.close()
+            await self.ended
+
     async def test_both_full(self) -> None:
         """With both directions full and nobody reading, everything still comes through."""
         wire, peer = tcp_pair()

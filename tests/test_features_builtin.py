@@ -11,10 +11,9 @@ from zope.interface import implementer
 from qmigd.features import multifd, postcopy, preempt, registry
 from qmigd.interfaces import Feature, GuestFacts, Host, IFeature, Withdraw
 
-CAPABILITIES = {
-    name: False
-    for name in ("multifd", "postcopy-ram", "postcopy-preempt", "xbzrle", "x-ignore-shared")
-}
+CAPABILITIES = dict.fromkeys(
+    ("multifd", "postcopy-ram", "postcopy-preempt", "xbzrle", "x-ignore-shared"), False
+)
 
 
 def guest(parameters: dict[str, Any] | None = None, **on: bool) -> GuestFacts:
@@ -61,9 +60,7 @@ class MultifdTests(SynchronousTestCase):
         source = multifd.feature.settings(agreement, "source")
         self.assertEqual(source, multifd.feature.settings(agreement, "destination"))
         self.assertEqual(source.capabilities, {"multifd": True})
-        self.assertEqual(
-            source.parameters, {"multifd-channels": 2, "multifd-compression": "zstd"}
-        )
+        self.assertEqual(source.parameters, {"multifd-channels": 2, "multifd-compression": "zstd"})
 
     def test_channels_of_the_plan(self) -> None:
         (channels,) = multifd.feature.channels(agree(4, 4))
@@ -73,7 +70,9 @@ class MultifdTests(SynchronousTestCase):
         """No compression is no obstacle for a QEMU that has none; another one is."""
         one = multifd.feature
         old = guest(parameters={})
-        self.assertNotIn("compression", one.answer(old, Host(2), {"cpus": 2, "compression": "none"}))
+        self.assertNotIn(
+            "compression", one.answer(old, Host(2), {"cpus": 2, "compression": "none"})
+        )
         self.assertRaises(Withdraw, one.answer, old, Host(2), {"cpus": 2, "compression": "zstd"})
 
     def test_senseless_proposals(self) -> None:
@@ -128,7 +127,7 @@ class Named(Feature):
 
 
 @implementer(IFeature)
-class Half:
+class Half:  # type: ignore[misc]
     """A feature that misses most of what one has to have."""
 
     name = "half"

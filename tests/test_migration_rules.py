@@ -45,7 +45,10 @@ GUEST: dict[str, Any] = {
     "name": "vm",
     "machine": "pc-i440fx-7.2",
     "memory": 1 << 26,
-    "ram-blocks": [{"name": "pc.ram", "size": 1 << 26}, {"name": "/rom@etc/acpi/tables", "size": 9}],
+    "ram-blocks": [
+        {"name": "pc.ram", "size": 1 << 26},
+        {"name": "/rom@etc/acpi/tables", "size": 9},
+    ],
     "uuid": "5d3c9a52-7d0e-4a57-9a11-6b1f9f0d7a01",
     "cpus": 1,
     "cpu-model": "qemu64-x86_64-cpu",
@@ -76,7 +79,10 @@ class PreflightTests(SynchronousTestCase):
             ({"cpu-model": "max"}, ["CPU model", "max"]),
             ({"uuid": "00000000-0000-0000-0000-00000000000a"}, ["UUID"]),
             ({"ram-blocks": GUEST["ram-blocks"][1:]}, ["pc.ram", "lacks"]),
-            ({"ram-blocks": [{"name": "pc.ram", "size": 4}, GUEST["ram-blocks"][1]]}, ["pc.ram", "4"]),
+            (
+                {"ram-blocks": [{"name": "pc.ram", "size": 4}, GUEST["ram-blocks"][1]]},
+                ["pc.ram", "4"],
+            ),
             ({"devices": []}, ["virtio-net-pci", "00:03.0", "lacks"]),
             ({"capabilities": ["switchover-ack"]}, ["switchover-ack", "alike"]),
         ):
@@ -95,7 +101,14 @@ class PreflightTests(SynchronousTestCase):
         """No UUID was given; firmware tables that QEMU resizes; local capabilities."""
         self.assertEqual(self.differing(uuid=preflight.NO_UUID), [])
         self.assertEqual(
-            self.differing(**{"ram-blocks": [GUEST["ram-blocks"][0], {"name": "/rom@etc/acpi/tables", "size": 7}]}),
+            self.differing(
+                **{
+                    "ram-blocks": [
+                        GUEST["ram-blocks"][0],
+                        {"name": "/rom@etc/acpi/tables", "size": 7},
+                    ]
+                }
+            ),
             [],
         )
         self.assertEqual(self.differing(capabilities=["events", "xbzrle"]), [])
@@ -118,7 +131,12 @@ class PreflightTests(SynchronousTestCase):
 
 
 FACTS = GuestFacts(
-    "vm", "qemu", (10, 0, 2), "q35", {"multifd": True, "postcopy-ram": False, "return-path": False}, {}
+    "vm",
+    "qemu",
+    (10, 0, 2),
+    "q35",
+    {"multifd": True, "postcopy-ram": False, "return-path": False},
+    {},
 )
 FEATURES = {"multifd": multifd.feature, "postcopy-ram": postcopy.feature}
 
@@ -145,7 +163,11 @@ class SettingsTests(SynchronousTestCase):
         wanted = Settings({"multifd": True}, {"multifd-channels": 4})
         settings.compare(wanted, wanted, "source")
         error = self.assertRaises(
-            FeatureError, settings.compare, wanted, Settings({"multifd": True}, {"multifd-channels": 2}), "source"
+            FeatureError,
+            settings.compare,
+            wanted,
+            Settings({"multifd": True}, {"multifd-channels": 2}),
+            "source",
         )
         for word in ("multifd-channels", "source", "4", "2"):
             self.assertIn(word, error.text)
