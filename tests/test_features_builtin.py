@@ -127,7 +127,7 @@ class Named(Feature):
 
 
 @implementer(IFeature)
-class Half:  # type: ignore[misc]
+class Half:
     """A feature that misses most of what one has to have."""
 
     name = "half"

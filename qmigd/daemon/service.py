@@ -88,6 +88,8 @@ class QmigdService(Service):
         daemon = config.daemon
         state = daemon.state_dir
         try:
+            # What an earlier life left here are sockets that nobody listens on any more.
+            shutil.rmtree(state / "run", ignore_errors=True)
             run_dir = _private(state / "run")
             self._lock = _locked(state / "lock")
             journal = FileJournal(_private(state / "migrations"))
