@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 
 from .. import __version__
 from ..api import COMMANDS, nearest, schema
-from ..errors import ArgumentError, GuestNotFound, MigrationError, QmigdError
+from ..errors import ArgumentError, GuestNotFound, MigrationError
 from ..interfaces import PATHS, Guest, GuestFacts, No, Role, Tunable
 from ..migration.destination import offered
 from ..migration.services import Services
@@ -140,20 +140,16 @@ class Commands:
         record = services.records.new(new_id(), guest, "source", str(address))
         held = self._guests.take(guest, record.id)
         outgoing = Outgoing(services, record, address, policy, {})
-        outgoing.call()
         try:
-            examined = await outgoing.attach(held)
+            await outgoing.attach(held)
             outgoing.tunables = await self._checked(held, tunables or {})
-        except QmigdError as error:
-            outgoing.hang_up(error)
+        except BaseException:
             outgoing.let_go()
             raise
         record.tunables = outgoing.tunables
         services.records.add(record)
         self._outgoing[guest] = outgoing
-        Deferred.fromCoroutine(outgoing.begin(examined)).addBoth(
-            lambda _: self._outgoing.pop(guest, None)
-        )
+        Deferred.fromCoroutine(outgoing.begin()).addBoth(lambda _: self._outgoing.pop(guest, None))
         return {"id": record.id}
 
     async def query_migrate(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twisted.internet.defer import Deferred
+
 from ..api import nearest
-from ..errors import GuestBusy, GuestError, GuestGone, GuestNotFound
+from ..errors import DeadlineError, GuestBusy, GuestError, GuestGone, GuestNotFound
 from ..guests.launch import Launcher
 from ..guests.qemu import QemuGuest
 from ..interfaces import Guest
 from ..migration.move import OVER
+from ..waiting import with_deadline
 from .config import GuestConfig
 
 __all__ = ["GuestRegistry"]
+
+#: Seconds that a guest may still be in the hands of a migration that is just ending.
+SETTLING = 1.0
 
 #: QEMU's run state while it waits for a stream.
 WAITING = "inmigrate"
@@ -32,6 +38,8 @@ class _Entry:
     guest: QemuGuest | None = None
     #: The migration that its QEMU was started for.
     launched_for: str | None = None
+    #: Who waits for it to be free.
+    waiting: list[Deferred[None]] = field(default_factory=list)
 
     @property
     def qmp(self) -> str:
@@ -168,6 +176,8 @@ class GuestRegistry:
     async def waiting(self, name: str | None, migration: str) -> Guest:
         """Reserve a guest that waits for its stream; one that is launched is started."""
         entry = self._entry(name) if name is not None else await self._only_waiting()
+        if entry.migration is not None:
+            await self._settled(entry)
         guest = self._reserve(entry, migration)
         if entry.launcher is not None:
             try:
@@ -178,6 +188,13 @@ class GuestRegistry:
                 self.free(guest)
                 raise
         return guest
+
+    async def _settled(self, entry: _Entry) -> None:
+        """Give a migration, or a mere question, that is just ending the time to end."""
+        freed: Deferred[None] = Deferred()
+        entry.waiting.append(freed)
+        with suppress(DeadlineError):
+            await with_deadline(self._reactor, freed, SETTLING, "the end of another migration")
 
     async def _make_room(self, entry: _Entry) -> bool:
         """Whether the launcher has to start a QEMU: none runs, or a spent one was ended."""
@@ -240,6 +257,10 @@ class GuestRegistry:
         entry = self._entries.get(guest.name)
         if entry is not None and entry.guest is guest:
             entry.guest = entry.migration = None
+            waiting, entry.waiting = entry.waiting, []
+            for freed in waiting:
+                if not freed.called:
+                    freed.callback(None)
 
     # inside
 

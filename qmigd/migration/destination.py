@@ -241,17 +241,17 @@ class Incoming(Move):
             self._taking = Deferred.fromCoroutine(self._take_guest(name))
 
     async def _taken(self) -> GuestFacts:
-        """The guest that is meant, in our hands."""
-        if self._taking is None:
-            self._taking = Deferred.fromCoroutine(self._take_guest(None))
-        return await self._taking
+        """The guest that is meant, in our hands.  To be called once."""
+        taking, self._taking = self._taking, None
+        return await (taking or self._take_guest(None))
 
     async def _take_guest(self, name: str | None) -> GuestFacts:
         self.record.update(step="waiting for the guest's QEMU")
         guest = await self.services.guests.waiting(name, self.record.id)
         self.guest = guest
         self.record.guest = guest.name
-        examined = await self.attach(guest)
+        await self.attach(guest)
+        examined = await guest.examine()
         if examined.status != "inmigrate":
             raise GuestError(
                 f"guest {guest.name} does not wait for a migration, it is {examined.status}; "
@@ -473,10 +473,12 @@ class Incoming(Move):
         self._note("released")
         self._owned = Owned.YES
         self.record.owner = "destination"
-        self._ran = None
         if self._path is not None:
             self._path.hold()
         try:
+            # A QEMU that is gone before it was told to run has never run.
+            await self.guest.query_status()
+            self._ran = None
             if self._run:
                 # While it still waits for the stream this only lets it run later.
                 await self.guest.cont()

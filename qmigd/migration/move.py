@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ..errors import GuestError, QmigdError
-from ..interfaces import Examined, Guest, GuestFacts, Role, Settings
+from ..interfaces import Guest, GuestFacts, Role, Settings
 from ..negotiation.plan import Plan
 from .services import Services
 from .settings import compare, settings_for
@@ -74,12 +74,11 @@ class Move:
 
     # the guest
 
-    async def attach(self, guest: Guest) -> Examined:
-        """Take hold of the guest, and learn what its QEMU can do and what it is."""
+    async def attach(self, guest: Guest) -> None:
+        """Take hold of the guest."""
         self.guest = guest
         await guest.attach()
         self._unwatch = guest.watch(self._heard)
-        return await guest.examine()
 
     def _heard(self, name: str, data: dict[str, Any]) -> None:
         if name == "MIGRATION_PASS" and self.record.role == "source":

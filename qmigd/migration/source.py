@@ -17,8 +17,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectingCancelledError
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -44,7 +43,6 @@ from ..interfaces import (
     DIRECT,
     HANDOVER,
     PATHS,
-    Examined,
     Guest,
     GuestFacts,
     No,
@@ -123,28 +121,11 @@ class Outgoing(Move):
 
     # what the daemon's commands call
 
-    def call(self) -> None:
-        """Connect to the peer, and say which guest it is about.
-
-        Done before the guest has been looked at, so that both sides look at the same
-        time; what this guest turns out not to be able to do is withdrawn later.
-        """
-        self._calling = Deferred.fromCoroutine(self._call())
-
-    def hang_up(self, error: QmigdError) -> None:
-        """Take the call back: there will be no migration."""
-        if self._calling is not None:
-            self._calling.addErrback(lambda failure: None)
-            self._calling.cancel()
-        if self._control is not None:
-            self._control.refuse(error)
-
-    async def begin(self, examined: Examined) -> None:
+    async def begin(self) -> None:
         """Do it all.  Never raises: how it ended is in the record."""
         error: QmigdError | None = None
         try:
-            await self._negotiate(examined)
-            await self._move(examined.facts)
+            await self._move(await self._negotiate())
         except QmigdError as failure:
             error = failure
         except Exception:
@@ -159,18 +140,19 @@ class Outgoing(Move):
 
         :raises QmigdError: a migration would be refused, and why.
         """
-        self.call()
+        self.guest = guest
+        error: QmigdError | None = None
         try:
-            await self._negotiate(await self.attach(guest), probe=True)
+            await self.attach(guest)
+            await self._negotiate(probe=True)
             assert self._plan is not None
             return self._plan
-        except QmigdError as error:
-            self.hang_up(error)
+        except QmigdError as failure:
+            error = failure
             raise
         finally:
             if self._control is not None:
-                self._control.close()
-            self.guest = guest
+                self._part(error)
             self.let_go()
 
     def cancel(self, reason: str) -> None:
@@ -236,7 +218,13 @@ class Outgoing(Move):
     # negotiation
 
     async def _call(self) -> list[str]:
-        """Return what both hosts can do; what they cannot is in ``_left_out``."""
+        """Connect to the peer, and say which guest it is about.
+
+        Done while the guest is still being looked at, so that both sides look at the same
+        time; what this guest turns out not to be able to do is withdrawn later.
+
+        :return: what both hosts can do; what they cannot is in ``_left_out``.
+        """
         deadline = self.services.deadlines.handshake
         machine = SourceHandshake()
         control = await connect_control(self.services.reactor, self._uri, machine, deadline)
@@ -268,14 +256,27 @@ class Outgoing(Move):
             if name in self._left_out:
                 raise FeatureError(f"{name} is required but cannot be had: {self._left_out[name]}")
 
-    async def _negotiate(self, examined: Examined, *, probe: bool = False) -> None:
-        facts = examined.facts
+    async def _negotiate(self, *, probe: bool = False) -> GuestFacts:
+        assert self.guest is not None
+        self._calling = Deferred.fromCoroutine(self._call())
+        both: list[Deferred[Any]] = [
+            self._calling,
+            Deferred.fromCoroutine(self.guest.examine()),
+        ]
+        (called, candidates), (looked, examined) = await DeferredList(both, consumeErrors=True)
+        if self._cancelled is not None:
+            raise Cancelled(self._cancelled)
+        for succeeded, failure in ((looked, examined), (called, candidates)):
+            if not succeeded:
+                raise failure.value
+        facts: GuestFacts = examined.facts
         if examined.status in _NOT_MOVABLE:
             why = _NOT_MOVABLE[examined.status]
             raise GuestError(f"guest {facts.name} cannot be moved: {why}")
         self._was_running = examined.status == "running"
-        candidates = await self._called()
         assert self._control is not None
+        if self._control.failure is not None:
+            raise self._control.failure
         control, machine, left_out = self._control, self._control.machine, self._left_out
 
         machine.guest(examined.description)
@@ -315,13 +316,7 @@ class Outgoing(Move):
                 agreements[said.name] = said.parameters
         self._agree(said.body, terms, agreements, left_out, facts)
         self._baseline = not candidates
-
-    async def _called(self) -> list[str]:
-        assert self._calling is not None
-        try:
-            return await self._calling
-        except (CancelledError, ConnectingCancelledError):
-            raise Cancelled(self._cancelled or "cancelled") from None
+        return facts
 
     def _propose(self, name: str, facts: GuestFacts) -> dict[str, Any]:
         feature = self.services.features[name]
