@@ -123,7 +123,7 @@ def _forth(stream: socket.socket | BinaryIO, peer: socket.socket, opening: bytes
         if opening:
             peer.sendall(opening)
         peer.shutdown(socket.SHUT_WR)
-    except (BrokenPipeError, ConnectionResetError):
+    except OSError:
         # The destination has closed; what it said first, if anything, is the reason.
         pass
     return sent
