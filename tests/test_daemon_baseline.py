@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from tests import minipeer
 from tests.rig.daemons import Daemon
@@ -130,10 +131,10 @@ class BaselineTests(PairCase):
         source.wait_running()
         source.wait_ticks(2)
 
-    def ended(self, daemon: Daemon) -> dict[str, object]:
+    def ended(self, daemon: Daemon) -> dict[str, Any]:
         """Wait until the daemon has done with the guest, and return what it says of that."""
         daemon.monitor.wait_event("MIGRATION", where=lambda data: data["status"] == "completed")
-        return daemon.execute("query-migrate")[-1]  # type: ignore[no-any-return]
+        return daemon.execute("query-migrate")[-1]
 
     def test_no_return_path(self) -> None:
         """A source that can only write is served too: QEMU's ``exec:`` into a program."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import uuid
+from typing import Any
 
 from tests.rig.daemons import free_ports
 from tests.rig.pair import FEATURES, NAME, SLOW, Pair, PairCase, start
@@ -18,10 +19,8 @@ class RefusalTests(PairCase):
         """Give every refusal a pair with deadlines short enough to be waited for."""
         self.deadlines = {"handshake_deadline": 2.0, "guest_deadline": 2.0}
 
-    def small(self, **options: object) -> Pair:
-        return self.pair(  # type: ignore[misc]
-            "7.2", here=self.deadlines, there=self.deadlines, **options
-        )
+    def small(self, **options: Any) -> Pair:
+        return self.pair("7.2", here=self.deadlines, there=self.deadlines, **options)
 
     def check_nothing_moved(self, pair: Pair) -> None:
         """Check that not one byte of RAM has been moved, and that nothing is set."""
@@ -178,7 +177,7 @@ class RefusalTests(PairCase):
             (("CPU",), {"extra": ("-smp", "2")}),
             (("UUID",), {"identity": uuid.uuid4()}),
         ):
-            pair.destination = self.waiting_guest("7.2", "destination", **options).start()  # type: ignore[arg-type]
+            pair.destination = self.waiting_guest("7.2", "destination", **options).start()
             pair.there.execute("guest-add", name=NAME, qmp=f"unix:{pair.destination.qmp_path}")
             pair.remember()
             error = self.refused(pair, *words)

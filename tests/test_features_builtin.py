@@ -6,10 +6,12 @@ from typing import Any
 
 from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import implementer
+from zope.interface import classImplements
 
 from qmigd.features import multifd, postcopy, preempt, registry
-from qmigd.interfaces import Feature, GuestFacts, Host, IFeature, Withdraw
+from qmigd.interfaces import Feature, GuestFacts, Host, IFeature, Role, Withdraw
+
+ROLES: tuple[Role, ...] = ("source", "destination")
 
 CAPABILITIES = dict.fromkeys(
     ("multifd", "postcopy-ram", "postcopy-preempt", "xbzrle", "x-ignore-shared"), False
@@ -109,8 +111,8 @@ class PostcopyTests(SynchronousTestCase):
 
     def test_settings(self) -> None:
         for feature in (postcopy.feature, preempt.feature):
-            for role in ("source", "destination"):
-                settings = feature.settings({}, role)  # type: ignore[arg-type]
+            for role in ROLES:
+                settings = feature.settings({}, role)
                 self.assertEqual(settings.capabilities, {feature.name: True})
 
     def test_preempt_builds_on_postcopy(self) -> None:
@@ -126,11 +128,13 @@ class Named(Feature):
         self.summary = "nothing"
 
 
-@implementer(IFeature)
 class Half:
     """A feature that misses most of what one has to have."""
 
     name = "half"
+
+
+classImplements(Half, IFeature)  # type: ignore[misc]
 
 
 class RegistryTests(SynchronousTestCase):

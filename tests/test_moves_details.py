@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from tests.rig.guest import Guest
 from tests.rig.pair import (
@@ -131,7 +132,8 @@ class PlanTests(PairCase):
         promised = {}
         if not wishes:
             promised = pair.here.execute("query-features", guest=NAME, uri=pair.there.uri)
-        pair.begin("", **{"require": [], "exclude": [], **wishes})
+        every: dict[str, Any] = {"require": [], "exclude": [], **wishes}
+        pair.begin("", **every)
         plan = pair.completed()["plan"]
         self.assertEqual({*plan["features"]}, features)
         self.assertEqual(plan["path"], path)

@@ -7,6 +7,8 @@ QEMUs are set as they were before.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.rig.guest import Guest
 from tests.rig.pair import NAME, Pair, PairCase, choice, same_ram, start
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
@@ -30,7 +32,7 @@ class JourneyCase(PairCase):
         :param ways: one after the other; where the two QEMUs are of different versions,
             each of them there and back.
         """
-        options = {"machine": machine} if machine else {}
+        options: dict[str, Any] = {"machine": machine} if machine else {}
         one, other = by
         legs = [(way, other if leg == 0 else one) for way in ways for leg in (0, 1)]
         if one == other:

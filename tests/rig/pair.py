@@ -151,7 +151,9 @@ class Pair:
 
         :param launched: the destination's QEMU is for its daemon to start.
         """
-        parts = [self.here, self.there, self.source, *([] if launched else [self.destination])]
+        parts: list[Guest | Daemon] = [self.here, self.there, self.source]
+        if not launched:
+            parts.append(self.destination)
         start(*parts)
         self.remember()
         return self
