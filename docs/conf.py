@@ -81,8 +81,10 @@ def quirks() -> str:
 
 
 def ownership_source() -> str:
+    # Once RELEASE was sent, or is about to be, the guest at the source is stopped.
+    words = {Act.RUN: Act.RUN.value, Act.LEAVE: "leave stopped"}
     rows = (
-        (released.value, peer.value, on_source_failure(released, peer).value)
+        (released.value, peer.value, words[on_source_failure(released, peer)])
         for released in Released
         for peer in Peer
     )
@@ -91,7 +93,7 @@ def ownership_source() -> str:
 
 def ownership_destination() -> str:
     # A guest that is this side's own is left to itself, running or not.
-    words = {Act.QUIT: Act.QUIT.value, Act.LEAVE: "left as it is"}
+    words = {Act.QUIT: Act.QUIT.value, Act.LEAVE: Act.LEAVE.value}
     rows = (
         (released.value, "yes" if ran else "no", words[on_destination_failure(released, ran)])
         for released in Released

@@ -50,8 +50,8 @@ class Act(Enum):
 
     #: Let it run, if it ran before the migration.
     RUN = "run"
-    #: Leave it stopped; the other side has it, or may have it.
-    LEAVE = "leave stopped"
+    #: Leave it as it is: stopped where the other side has it, running where it came to.
+    LEAVE = "leave as it is"
     #: End its QEMU: what it holds is of no use any more.
     QUIT = "quit"
 

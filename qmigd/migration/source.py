@@ -22,7 +22,6 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ..errors import (
-    ArgumentError,
     DeadlineError,
     FeatureError,
     GuestError,
@@ -158,10 +157,10 @@ class Outgoing(Move):
     def cancel(self, reason: str) -> None:
         """Ask for the end.
 
-        :raises ArgumentError: it is too late: the guest is the destination's.
+        :raises MigrationError: it is too late: the guest is the destination's.
         """
         if self._released is Released.YES:
-            raise ArgumentError(
+            raise MigrationError(
                 "it is too late to cancel: the guest belongs to the destination already"
             )
         self._cancelled = reason
@@ -176,10 +175,11 @@ class Outgoing(Move):
     async def start_postcopy(self) -> None:
         """Switch the guest over now; its remaining RAM follows.
 
-        :raises ArgumentError: this migration cannot do it, or not now.
+        :raises FeatureError: this migration was negotiated without postcopy.
+        :raises MigrationError: it is not possible now.
         """
         if not self.record.can_postcopy or self._control is None or self.guest is None:
-            raise ArgumentError(self._why_no_postcopy())
+            raise self._why_no_postcopy()
         self.record.can_postcopy = False
         self.record.update(step="switching over to postcopy")
         # The fence (see ownership): from here on QEMU does not let it run again by itself.
@@ -197,20 +197,20 @@ class Outgoing(Move):
         finally:
             self.wake()
 
-    def _why_no_postcopy(self) -> str:
+    def _why_no_postcopy(self) -> QmigdError:
         plan = self._plan
         if plan is None or self.record.status != "active":
-            return "postcopy can be started while RAM is being moved, not now"
+            return MigrationError("postcopy can be started while RAM is being moved, not now")
         for name, feature in self.services.features.items():
             if "postcopy" in feature.abilities and name not in plan.features:
                 reason = plan.left_out.get(name, "it was not chosen")
-                return f"this migration cannot switch to postcopy: {name}: {reason}"
-        return "this migration is switching to postcopy already"
+                return FeatureError(f"this migration cannot switch to postcopy: {name}: {reason}")
+        return MigrationError("this migration is switching to postcopy already")
 
     async def set_tunables(self, tunables: Mapping[str, Any]) -> None:
         """Set migration parameters while it runs."""
         if self.guest is None or not self._started:
-            raise ArgumentError("the migration is not under way yet, or over")
+            raise MigrationError("the migration is not under way yet, or over")
         await self.set_up(Settings({}, tunables))
         self._note(self._stage)
         self.record.tunables = {**self.record.tunables, **tunables}
