@@ -1,6 +1,6 @@
 """One move of one guest, on either side.
 
-``source``, ``destination``
+``proposing``, ``source``, ``destination``
     what each side does, from the first byte of the handshake to the outcome;
 ``control``
     the control connection: a handshake machine on a Twisted transport;

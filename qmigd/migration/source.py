@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -27,39 +27,27 @@ from ..errors import (
     GuestError,
     MigrationError,
     PeerGone,
-    ProtocolError,
     QmigdError,
 )
 from ..handshake.events import (
     Event,
-    FeatureSaid,
     Outcome,
-    Prepared,
     StatusSaid,
 )
-from ..handshake.source import SourceHandshake
 from ..interfaces import (
     DIRECT,
-    HANDOVER,
-    PATHS,
     Guest,
     GuestFacts,
-    No,
     Settings,
-    Withdraw,
 )
-from ..negotiation.agree import build_plan
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
-from ..negotiation.terms import Terms, Traits, expect
 from ..transports.uri import Address
-from ..wire.role import SECRET_SIZE
-from .control import Control, connect_control
-from .move import LOOK, OVER, Move
+from .move import LOOK, OVER
 from .ownership import Act, Peer, Released, on_source_failure
 from .paths import SourcePath
+from .proposing import Cancelled, Proposing
 from .services import Services
-from .settings import compare, settings_for, settings_from_wire
 from .status import Record
 from .verdicts import ask
 
@@ -67,25 +55,10 @@ __all__ = ["Outgoing"]
 
 log = Logger()
 
-#: Run states in which a guest has nothing that could be moved.
-_NOT_MOVABLE = {
-    "inmigrate": "it waits for a migration itself",
-    "postmigrate": "it was moved away already; what is here is the stopped rest",
-    "internal-error": "QEMU stopped it because of an internal error",
-    "shutdown": "it has shut down",
-}
-
-
 _PEER = {True: Peer.RUNS, False: Peer.NEVER_RAN, None: Peer.UNKNOWN}
 
 
-class Cancelled(MigrationError):
-    """The user ended the migration."""
-
-    code = "cancelled"
-
-
-class Outgoing(Move):
+class Outgoing(Proposing):
     """One guest on its way out."""
 
     def __init__(
@@ -96,27 +69,16 @@ class Outgoing(Move):
         policy: Policy,
         tunables: Mapping[str, Any],
     ) -> None:
-        super().__init__(services, record)
-        self._uri = uri
-        self._policy = policy
-        self.tunables = tunables
-        self._calling: Deferred[list[str]] | None = None
-        self._left_out: dict[str, str] = {}
-        self._control: Control | None = None
+        super().__init__(services, record, uri, policy, tunables)
         self._path: SourcePath | None = None
-        self._plan: Plan | None = None
-        self._was_running = True
         self._started = False
         self._released = Released.NO
         self._peer = Peer.NEVER_RAN
         self._outcome: Outcome | None = None
         self._ready: Mapping[str, Any] | None = None
-        self._secret = b""
         self._release_taken: Deferred[None] | None = None
         self._completed: float | None = None
         self._stage = ""
-        self._cancelled: str | None = None
-        self._baseline = False
 
     # what the daemon's commands call
 
@@ -124,7 +86,7 @@ class Outgoing(Move):
         """Do it all.  Never raises: how it ended is in the record."""
         error: QmigdError | None = None
         try:
-            await self._move(await self._negotiate())
+            await self._move(await self.negotiate())
         except QmigdError as failure:
             error = failure
         except Exception:
@@ -143,14 +105,14 @@ class Outgoing(Move):
         error: QmigdError | None = None
         try:
             await self.attach(guest)
-            await self._negotiate(probe=True)
-            assert self._plan is not None
-            return self._plan
+            await self.negotiate(probe=True)
+            assert self.plan is not None
+            return self.plan
         except QmigdError as failure:
             error = failure
             raise
         finally:
-            if self._control is not None:
+            if self.control is not None:
                 self._part(error)
             self.let_go()
 
@@ -163,14 +125,14 @@ class Outgoing(Move):
             raise MigrationError(
                 "it is too late to cancel: the guest belongs to the destination already"
             )
-        self._cancelled = reason
+        self.cancelled = reason
         self.wake()
         if self._started:
             return
-        if self._control is not None:
-            self._control.abandon(Cancelled(reason))
-        elif self._calling is not None:
-            self._calling.cancel()
+        if self.control is not None:
+            self.control.abandon(Cancelled(reason))
+        elif self.calling is not None:
+            self.calling.cancel()
 
     async def start_postcopy(self) -> None:
         """Switch the guest over now; its remaining RAM follows.
@@ -178,7 +140,7 @@ class Outgoing(Move):
         :raises FeatureError: this migration was negotiated without postcopy.
         :raises MigrationError: it is not possible now.
         """
-        if not self.record.can_postcopy or self._control is None or self.guest is None:
+        if not self.record.can_postcopy or self.control is None or self.guest is None:
             raise self._why_no_postcopy()
         self.record.can_postcopy = False
         self.record.update(step="switching over to postcopy")
@@ -198,7 +160,7 @@ class Outgoing(Move):
             self.wake()
 
     def _why_no_postcopy(self) -> QmigdError:
-        plan = self._plan
+        plan = self.plan
         if plan is None or self.record.status != "active":
             return MigrationError("postcopy can be started while RAM is being moved, not now")
         for name, feature in self.services.features.items():
@@ -215,165 +177,10 @@ class Outgoing(Move):
         self._note(self._stage)
         self.record.tunables = {**self.record.tunables, **tunables}
 
-    # negotiation
-
-    async def _call(self) -> list[str]:
-        """Connect to the peer, and say which guest it is about.
-
-        Done while the guest is still being looked at, so that both sides look at the same
-        time; what this guest turns out not to be able to do is withdrawn later.
-
-        :return: what both hosts can do; what they cannot is in ``_left_out``.
-        """
-        deadline = self.services.deadlines.handshake
-        machine = SourceHandshake()
-        control = await connect_control(self.services.reactor, self._uri, machine, deadline)
-        self._control = control
-        greeted = await control.greeted(deadline)
-        candidates = self._candidates(greeted.features)
-        machine.reply(candidates)
-        machine.guest({"name": self.record.guest})
-        control.flush()
-        return candidates
-
-    def _candidates(self, offered: tuple[str, ...]) -> list[str]:
-        candidates = []
-        for name, feature in self.services.features.items():
-            answer = feature.probe_host(self.services.host)
-            if name in self._policy.exclude:
-                self._left_out[name] = "excluded by the policy"
-            elif isinstance(answer, No):
-                self._left_out[name] = f"source host: {answer.reason}"
-            elif name not in offered:
-                self._left_out[name] = "destination: its qmigd does not offer it"
-            else:
-                candidates.append(name)
-        self._check_required()
-        return candidates
-
-    def _check_required(self) -> None:
-        for name in self._policy.require:
-            if name in self._left_out:
-                raise FeatureError(f"{name} is required but cannot be had: {self._left_out[name]}")
-
-    async def _negotiate(self, *, probe: bool = False) -> GuestFacts:
-        assert self.guest is not None
-        self._calling = Deferred.fromCoroutine(self._call())
-        both: list[Deferred[Any]] = [
-            self._calling,
-            Deferred.fromCoroutine(self.guest.examine()),
-        ]
-        (called, candidates), (looked, examined) = await DeferredList(both, consumeErrors=True)
-        if self._cancelled is not None:
-            raise Cancelled(self._cancelled)
-        for succeeded, failure in ((looked, examined), (called, candidates)):
-            if not succeeded:
-                raise failure.value
-        facts: GuestFacts = examined.facts
-        if examined.status in _NOT_MOVABLE:
-            why = _NOT_MOVABLE[examined.status]
-            raise GuestError(f"guest {facts.name} cannot be moved: {why}")
-        self._was_running = examined.status == "running"
-        assert self._control is not None
-        if self._control.failure is not None:
-            raise self._control.failure
-        control, machine, left_out = self._control, self._control.machine, self._left_out
-
-        machine.guest(examined.description)
-        proposals: dict[str, dict[str, Any]] = {}
-        for name in candidates:
-            try:
-                proposals[name] = self._propose(name, facts)
-                machine.feature(name, proposals[name])
-            except Withdraw as withdrawal:
-                left_out[name] = f"source: {withdrawal}"
-                machine.feature(name, {"withdrawn": str(withdrawal)})
-        self._check_required()
-        terms = Terms(
-            {name: Traits.of(self.services.features[name]) for name in proposals},
-            prefer=self._policy.prefer,
-            require=self._policy.require,
-            closed=self._closed_paths(bool(candidates)),
-        )
-        machine.prepare({"migration": self.record.id, "terms": terms.to_wire(), "probe": probe})
-        control.flush()
-
-        agreements: dict[str, Mapping[str, Any]] = {}
-        while True:
-            said = await control.next(
-                FeatureSaid,
-                Prepared,
-                deadline=self.services.deadlines.prepare,
-                what="the destination's PREPARED",
-            )
-            if isinstance(said, Prepared):
-                break
-            assert isinstance(said, FeatureSaid)
-            if said.withdrawn is not None:
-                left_out[said.name] = f"destination: {said.withdrawn}"
-            elif said.name in proposals:
-                self._accept(said, proposals[said.name])
-                agreements[said.name] = said.parameters
-        self._agree(said.body, terms, agreements, left_out, facts)
-        self._baseline = not candidates
-        return facts
-
-    def _propose(self, name: str, facts: GuestFacts) -> dict[str, Any]:
-        feature = self.services.features[name]
-        answer = feature.probe_guest(facts, "source")
-        if isinstance(answer, No):
-            raise Withdraw(answer.reason)
-        own = {key: value for key, value in self.tunables.items() if key in feature.tunables}
-        return feature.propose(facts, self.services.host, own)
-
-    def _accept(self, said: FeatureSaid, proposal: Mapping[str, Any]) -> None:
-        try:
-            self.services.features[said.name].accept(proposal, said.parameters)
-        except ValueError as error:
-            raise ProtocolError(
-                f"the destination's answer on {said.name} makes no sense: {error}", code="feature"
-            ) from None
-
-    def _closed_paths(self, any_feature: bool) -> dict[str, str]:
-        closed = {}
-        for path in PATHS:
-            if path in self._policy.exclude:
-                closed[path] = "excluded by the source's policy"
-            elif not any_feature and path != HANDOVER:
-                closed[path] = "no feature was selected, so the stream takes this very connection"
-        return closed
-
-    def _agree(
-        self,
-        body: Mapping[str, Any],
-        terms: Terms,
-        agreements: Mapping[str, Mapping[str, Any]],
-        left_out: Mapping[str, str],
-        facts: GuestFacts,
-    ) -> None:
-        """Compute the plan, and see that the destination came to the same."""
-        theirs = Terms.from_wire(expect(body, "terms", dict))
-        plan = build_plan(self.services.features, agreements, terms, theirs, left_out)
-        plan.verify(expect(body, "plan", dict))
-        self._plan = self.record.plan = plan
-        self._secret = _secret(body)
-        if "settings" not in body:  # only a probe: nothing was set
-            return
-        there = settings_from_wire(expect(body, "settings", dict))
-        wanted = settings_for(plan, self.services.features, facts, "destination")
-        compare(
-            Settings(
-                {k: v for k, v in wanted.capabilities.items() if k in plan.features},
-                wanted.parameters,
-            ),
-            there,
-            "destination",
-        )
-
     # the move
 
     async def _move(self, facts: GuestFacts) -> None:
-        services, guest, control, plan = self.services, self.guest, self._control, self._plan
+        services, guest, control, plan = self.services, self.guest, self.control, self.plan
         assert guest is not None and control is not None and plan is not None
         negotiated = set().union(*(services.features[name].tunables for name in plan.features))
         own = {key: value for key, value in self.tunables.items() if key not in negotiated}
@@ -384,7 +191,7 @@ class Outgoing(Move):
         control.machine.start()
         control.flush()
         self.record.update(step="moving RAM")
-        if self._baseline:
+        if self.baseline:
             await guest.migrate(await control.take_socket())
             self.record.under_way()
         else:
@@ -392,7 +199,7 @@ class Outgoing(Move):
             control.stay_alive(services.deadlines.peer)
             await self._until_ready()
             self._path = SourcePath(
-                services, plan, self.record.id, self._secret, self.wake, self._uri
+                services, plan, self.record.id, self.secret, self.wake, self.uri
             )
             # Over a unix socket there is none, and the plan does without.
             host = str(getattr(control.transport.getPeer(), "host", ""))
@@ -402,7 +209,7 @@ class Outgoing(Move):
                 "postcopy" in services.features[name].abilities for name in plan.features
             )
         await self._watch()
-        if self._baseline:
+        if self.baseline:
             self.record.owner = "destination"
         else:
             await self._hand_over()
@@ -445,7 +252,7 @@ class Outgoing(Move):
     async def _why(self) -> str:
         reason = await self.reason()
         moved = self.record.progress.get("ram", {}).get("transferred", 0)
-        if self._plan is not None and self._plan.path == DIRECT and not moved:
+        if self.plan is not None and self.plan.path == DIRECT and not moved:
             reason += (
                 "; if the destination's direct-ports cannot be reached from here, "
                 "'--exclude direct' takes another path"
@@ -458,12 +265,12 @@ class Outgoing(Move):
             raise _from_outcome(self._outcome)
         if self._released is Released.YES:
             return
-        if self._cancelled is not None:
-            raise Cancelled(self._cancelled)
+        if self.cancelled is not None:
+            raise Cancelled(self.cancelled)
         if self._path is not None and self._path.failure is not None:
             raise self._path.failure
-        if self._control is not None and self._control.failure is not None and not self._baseline:
-            raise self._control.failure
+        if self.control is not None and self.control.failure is not None and not self.baseline:
+            raise self.control.failure
 
     def _said(self, event: Event | None) -> None:
         """The destination speaks."""
@@ -494,9 +301,9 @@ class Outgoing(Move):
 
     def _release(self, *, postcopy: bool) -> None:
         """From here on the guest is the destination's."""
-        assert self._control is not None
-        if self._control.failure is not None:
-            raise self._control.failure
+        assert self.control is not None
+        if self.control.failure is not None:
+            raise self.control.failure
         self._note("released")
         self._released = Released.YES
         self.record.owner = "destination"
@@ -504,24 +311,24 @@ class Outgoing(Move):
             self._peer = Peer.UNKNOWN
         if self._path is not None:
             self._path.hold()
-        self._control.machine.release({"run": self._was_running, "postcopy": postcopy})
-        self._control.flush()
+        self.control.machine.release({"run": self.was_running, "postcopy": postcopy})
+        self.control.flush()
 
     async def _hand_over(self) -> None:
         """QEMU has sent everything: see that the guest runs at the destination."""
-        assert self._control is not None
+        assert self.control is not None
         self.record.update(step="handing over")
         if self._released is Released.NO:
-            if self._cancelled is not None:
-                raise Cancelled(self._cancelled)
+            if self.cancelled is not None:
+                raise Cancelled(self.cancelled)
             self._completed = self.now()
             self._release(postcopy=False)
         end = self.now() + self.services.deadlines.stall
         while self._outcome is None:
-            if self._control.failure is not None:
+            if self.control.failure is not None:
                 await self._ask()
                 if self._peer is not Peer.RUNS:
-                    raise self._control.failure
+                    raise self.control.failure
                 return
             if self.now() >= end:
                 raise PeerGone("the destination does not say what became of the guest")
@@ -536,13 +343,13 @@ class Outgoing(Move):
             try:
                 answer = await ask(
                     self.services.reactor,
-                    self._uri,
+                    self.uri,
                     self.record.id,
-                    self._secret,
+                    self.secret,
                     self.services.deadlines.handshake,
                 )
             except QmigdError as error:
-                log.info("no answer from {peer}: {error}", peer=self._uri, error=error.text)
+                log.info("no answer from {peer}: {error}", peer=self.uri, error=error.text)
             else:
                 self._peer = _PEER[answer.get("ran")]
             if self._peer is Peer.UNKNOWN:
@@ -555,7 +362,7 @@ class Outgoing(Move):
         step = "moved"
         if error is not None:
             step = await self._recover(error)
-        if self._control is not None:
+        if self.control is not None:
             self._part(error)
         if self._path is not None:
             self._path.close()
@@ -596,7 +403,7 @@ class Outgoing(Move):
                     "stopped here, because it may run at the destination; if it is lost there "
                     "for good, let it go on here with 'cont' on its QMP socket"
                 )
-            if self._was_running and await guest.query_status() != "running":
+            if self.was_running and await guest.query_status() != "running":
                 await guest.cont()
             return "the guest goes on here"
         except QmigdError as second:
@@ -621,9 +428,9 @@ class Outgoing(Move):
             await self.rest(0.05)
 
     def _part(self, error: QmigdError | None) -> None:
-        control = self._control
+        control = self.control
         assert control is not None
-        streams = self._baseline and self._started  # the connection is QEMU's
+        streams = self.baseline and self._started  # the connection is QEMU's
         if error is None or control.failure is not None or self._outcome is not None or streams:
             control.close()
         elif isinstance(error, Cancelled) and self._started:
@@ -634,7 +441,7 @@ class Outgoing(Move):
             control.refuse(error)
 
     async def _quit(self) -> str:
-        if self._baseline:
+        if self.baseline:
             return "moved; kept here paused, because nobody reported that it runs there"
         try:
             assert self.guest is not None
@@ -654,23 +461,13 @@ class Outgoing(Move):
                 "qmp": self.services.guests.where(self.guest),
                 "peer": self.record.peer,
                 "stage": stage,
-                "baseline": self._baseline,
-                "secret": self._secret.hex(),
-                "was-running": self._was_running,
+                "baseline": self.baseline,
+                "secret": self.secret.hex(),
+                "was-running": self.was_running,
                 "capabilities": dict(self.saved.capabilities),
                 "parameters": dict(self.saved.parameters),
             },
         )
-
-
-def _secret(body: Mapping[str, Any]) -> bytes:
-    try:
-        secret = bytes.fromhex(expect(body, "secret", str))
-    except ValueError:
-        secret = b""
-    if len(secret) != SECRET_SIZE:
-        raise ProtocolError("PREPARED has no usable 'secret'", code="bad-json")
-    return secret
 
 
 def _from_outcome(outcome: Outcome) -> QmigdError:

@@ -1,0 +1,255 @@
+"""The source's side of the handshake: what it proposes, and the plan that comes of it.
+
+::
+
+    source                                   destination
+    looks at its guest,                      greets
+    meanwhile calls: Reply, the guest's name
+                                             looks at its guest
+    describes the guest; FEATURE ...; PREPARE
+                                             FEATURE ...; PREPARED with its plan
+    computes the plan as well, and compares
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred, DeferredList
+
+from ..errors import FeatureError, GuestError, MigrationError, ProtocolError
+from ..handshake.events import FeatureSaid, Prepared
+from ..handshake.source import SourceHandshake
+from ..interfaces import HANDOVER, PATHS, GuestFacts, No, Settings, Withdraw
+from ..negotiation.agree import build_plan
+from ..negotiation.plan import Plan
+from ..negotiation.policy import Policy
+from ..negotiation.terms import Terms, Traits, expect
+from ..transports.uri import Address
+from ..wire.role import SECRET_SIZE
+from .control import Control, connect_control
+from .move import Move
+from .services import Services
+from .settings import compare, settings_for, settings_from_wire
+from .status import Record
+
+__all__ = ["Cancelled", "Proposing"]
+
+#: Run states in which a guest has nothing that could be moved.
+_NOT_MOVABLE = {
+    "inmigrate": "it waits for a migration itself",
+    "postmigrate": "it was moved away already; what is here is the stopped rest",
+    "internal-error": "QEMU stopped it because of an internal error",
+    "shutdown": "it has shut down",
+}
+
+
+class Cancelled(MigrationError):
+    """The user ended the migration."""
+
+    code = "cancelled"
+
+
+class Proposing(Move):
+    """A source that negotiates.
+
+    :ivar uri: where the peer listens.
+    :ivar control: the control connection, once there is one.
+    :ivar calling: the attempt to make it.
+    :ivar left_out: why features are not used.
+    :ivar plan: what both sides settled on.
+    :ivar secret: what proves that a payload channel is this migration's.
+    :ivar was_running: the guest ran when its migration began.
+    :ivar cancelled: why the user wants an end of it, or ``None``.
+    :ivar baseline: no feature was selected: the stream takes the control connection.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        record: Record,
+        uri: Address,
+        policy: Policy,
+        tunables: Mapping[str, Any],
+    ) -> None:
+        super().__init__(services, record)
+        self.uri = uri
+        self.policy = policy
+        self.tunables = tunables
+        self.calling: Deferred[list[str]] | None = None
+        self.left_out: dict[str, str] = {}
+        self.control: Control | None = None
+        self.plan: Plan | None = None
+        self.secret = b""
+        self.was_running = True
+        self.cancelled: str | None = None
+        self.baseline = False
+
+    async def _call(self) -> list[str]:
+        """Connect to the peer, and say which guest it is about.
+
+        Done while the guest is still being looked at, so that both sides look at the same
+        time; what this guest turns out not to be able to do is withdrawn later.
+
+        :return: what both hosts can do; what they cannot is in ``_left_out``.
+        """
+        deadline = self.services.deadlines.handshake
+        machine = SourceHandshake()
+        control = await connect_control(self.services.reactor, self.uri, machine, deadline)
+        self.control = control
+        greeted = await control.greeted(deadline)
+        candidates = self._candidates(greeted.features)
+        machine.reply(candidates)
+        machine.guest({"name": self.record.guest})
+        control.flush()
+        return candidates
+
+    def _candidates(self, offered: tuple[str, ...]) -> list[str]:
+        candidates = []
+        for name, feature in self.services.features.items():
+            answer = feature.probe_host(self.services.host)
+            if name in self.policy.exclude:
+                self.left_out[name] = "excluded by the policy"
+            elif isinstance(answer, No):
+                self.left_out[name] = f"source host: {answer.reason}"
+            elif name not in offered:
+                self.left_out[name] = "destination: its qmigd does not offer it"
+            else:
+                candidates.append(name)
+        self._check_required()
+        return candidates
+
+    def _check_required(self) -> None:
+        for name in self.policy.require:
+            if name in self.left_out:
+                raise FeatureError(f"{name} is required but cannot be had: {self.left_out[name]}")
+
+    async def negotiate(self, *, probe: bool = False) -> GuestFacts:
+        """Come to a plan with the destination; returns the guest's facts.
+
+        :param probe: the destination is to set nothing up for good.
+        :raises QmigdError: there is none, and why.
+        """
+        assert self.guest is not None
+        self.calling = Deferred.fromCoroutine(self._call())
+        both: list[Deferred[Any]] = [
+            self.calling,
+            Deferred.fromCoroutine(self.guest.examine()),
+        ]
+        (called, candidates), (looked, examined) = await DeferredList(both, consumeErrors=True)
+        if self.cancelled is not None:
+            raise Cancelled(self.cancelled)
+        for succeeded, failure in ((looked, examined), (called, candidates)):
+            if not succeeded:
+                raise failure.value
+        facts: GuestFacts = examined.facts
+        if examined.status in _NOT_MOVABLE:
+            why = _NOT_MOVABLE[examined.status]
+            raise GuestError(f"guest {facts.name} cannot be moved: {why}")
+        self.was_running = examined.status == "running"
+        assert self.control is not None
+        if self.control.failure is not None:
+            raise self.control.failure
+        control, machine, left_out = self.control, self.control.machine, self.left_out
+
+        machine.guest(examined.description)
+        proposals: dict[str, dict[str, Any]] = {}
+        for name in candidates:
+            try:
+                proposals[name] = self._propose(name, facts)
+                machine.feature(name, proposals[name])
+            except Withdraw as withdrawal:
+                left_out[name] = f"source: {withdrawal}"
+                machine.feature(name, {"withdrawn": str(withdrawal)})
+        self._check_required()
+        terms = Terms(
+            {name: Traits.of(self.services.features[name]) for name in proposals},
+            prefer=self.policy.prefer,
+            require=self.policy.require,
+            closed=self._closed_paths(bool(candidates)),
+        )
+        machine.prepare({"migration": self.record.id, "terms": terms.to_wire(), "probe": probe})
+        control.flush()
+
+        agreements: dict[str, Mapping[str, Any]] = {}
+        while True:
+            said = await control.next(
+                FeatureSaid,
+                Prepared,
+                deadline=self.services.deadlines.prepare,
+                what="the destination's PREPARED",
+            )
+            if isinstance(said, Prepared):
+                break
+            assert isinstance(said, FeatureSaid)
+            if said.withdrawn is not None:
+                left_out[said.name] = f"destination: {said.withdrawn}"
+            elif said.name in proposals:
+                self._accept(said, proposals[said.name])
+                agreements[said.name] = said.parameters
+        self._agree(said.body, terms, agreements, left_out, facts)
+        self.baseline = not candidates
+        return facts
+
+    def _propose(self, name: str, facts: GuestFacts) -> dict[str, Any]:
+        feature = self.services.features[name]
+        answer = feature.probe_guest(facts, "source")
+        if isinstance(answer, No):
+            raise Withdraw(answer.reason)
+        own = {key: value for key, value in self.tunables.items() if key in feature.tunables}
+        return feature.propose(facts, self.services.host, own)
+
+    def _accept(self, said: FeatureSaid, proposal: Mapping[str, Any]) -> None:
+        try:
+            self.services.features[said.name].accept(proposal, said.parameters)
+        except ValueError as error:
+            raise ProtocolError(
+                f"the destination's answer on {said.name} makes no sense: {error}", code="feature"
+            ) from None
+
+    def _closed_paths(self, any_feature: bool) -> dict[str, str]:
+        closed = {}
+        for path in PATHS:
+            if path in self.policy.exclude:
+                closed[path] = "excluded by the source's policy"
+            elif not any_feature and path != HANDOVER:
+                closed[path] = "no feature was selected, so the stream takes this very connection"
+        return closed
+
+    def _agree(
+        self,
+        body: Mapping[str, Any],
+        terms: Terms,
+        agreements: Mapping[str, Mapping[str, Any]],
+        left_out: Mapping[str, str],
+        facts: GuestFacts,
+    ) -> None:
+        """Compute the plan, and see that the destination came to the same."""
+        theirs = Terms.from_wire(expect(body, "terms", dict))
+        plan = build_plan(self.services.features, agreements, terms, theirs, left_out)
+        plan.verify(expect(body, "plan", dict))
+        self.plan = self.record.plan = plan
+        self.secret = _secret(body)
+        if "settings" not in body:  # only a probe: nothing was set
+            return
+        there = settings_from_wire(expect(body, "settings", dict))
+        wanted = settings_for(plan, self.services.features, facts, "destination")
+        compare(
+            Settings(
+                {k: v for k, v in wanted.capabilities.items() if k in plan.features},
+                wanted.parameters,
+            ),
+            there,
+            "destination",
+        )
+
+
+def _secret(body: Mapping[str, Any]) -> bytes:
+    try:
+        secret = bytes.fromhex(expect(body, "secret", str))
+    except ValueError:
+        secret = b""
+    if len(secret) != SECRET_SIZE:
+        raise ProtocolError("PREPARED has no usable 'secret'", code="bad-json")
+    return secret
