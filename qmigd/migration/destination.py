@@ -175,6 +175,7 @@ class Incoming(Move):
         self._run = True
         self._ran: bool | None = False
         self._told_running = False
+        self._torn = 0.0
         self._cancelled: str | None = None
         self._failure: QmigdError | None = None
 
@@ -428,6 +429,7 @@ class Incoming(Move):
             if self._owned is Owned.YES:
                 if await self._settled(status):
                     return
+                self._raise_if_torn(status)
             else:
                 self._raise_if_over()
                 if status == "completed":
@@ -449,6 +451,19 @@ class Incoming(Move):
                 self._tell({"running": True, "status": status})
             return status == "completed"
         return False
+
+    def _raise_if_torn(self, status: str) -> None:
+        """Give up where the guest is ours and the rest of its RAM cannot come any more."""
+        torn = status == "postcopy-paused"
+        if self._path is not None and self._path.failure is not None:
+            # All may have come before; then QEMU needs a moment to say so.
+            self._torn = self._torn or self.now()
+            torn = torn or self.now() - self._torn > self.services.deadlines.stall
+        if torn:
+            raise MigrationError(
+                "the stream broke in postcopy; the guest runs here, and RAM that had not "
+                "arrived is still at the source: do not end its QEMU there"
+            )
 
     def _raise_if_over(self) -> None:
         if self._cancelled is not None:
