@@ -16,7 +16,7 @@ from .. import __version__
 from ..api import COMMANDS, nearest, schema
 from ..errors import ArgumentError, GuestNotFound, MigrationError
 from ..interfaces import PATHS, Guest, GuestFacts, No, Role, Tunable
-from ..migration.destination import offered
+from ..migration.listening import offered
 from ..migration.services import Services
 from ..migration.source import Outgoing, new_id
 from ..negotiation.policy import Policy

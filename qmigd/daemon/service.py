@@ -25,7 +25,7 @@ from ..errors import ConfigError, QmigdError
 from ..features.registry import load_features
 from ..guests import quirks
 from ..interfaces import GuestFacts, Host, IFeature
-from ..migration.destination import IncomingFactory
+from ..migration.listening import IncomingFactory
 from ..migration.recovery import recover
 from ..migration.services import Deadlines, Services
 from ..migration.status import Records

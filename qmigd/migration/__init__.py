@@ -1,6 +1,6 @@
 """One move of one guest, on either side.
 
-``proposing``, ``source``, ``destination``
+``proposing``, ``source``; ``listening``, ``answering``, ``destination``
     what each side does, from the first byte of the handshake to the outcome;
 ``control``
     the control connection: a handshake machine on a Twisted transport;

@@ -64,6 +64,7 @@ class Control(Protocol):
         self._detached = False
         self._lingering: IDelayedCall | None = None
         self._error_said = False
+        self._expiry: IDelayedCall | None = None
 
     # Twisted's side
 
@@ -85,6 +86,7 @@ class Control(Protocol):
             self._linger()
 
     def connectionLost(self, reason: Failure | None = None) -> None:
+        self.expect_within(None)
         self._stop_heartbeats()
         if self._lingering is not None and self._lingering.active():
             self._lingering.cancel()
@@ -169,6 +171,17 @@ class Control(Protocol):
         sock = detach(self.transport)
         tune_stream(sock)
         return sock
+
+    def expect_within(self, seconds: float | None) -> None:
+        """The peer has to be done with its part within ``seconds``; ``None``: no more."""
+        if self._expiry is not None and self._expiry.active():
+            self._expiry.cancel()
+        self._expiry = None
+        if seconds is not None:
+            self._expiry = self._clock.callLater(seconds, self._expired, seconds)
+
+    def _expired(self, seconds: float) -> None:
+        self.refuse(DeadlineError(f"the handshake was not done within {seconds:g} seconds"))
 
     def abandon(self, error: QmigdError) -> None:
         """Give whoever waits for the peer this error instead."""

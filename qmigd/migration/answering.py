@@ -1,0 +1,282 @@
+"""The destination's side of the handshake: the guest that is meant, and what it can do.
+
+The guest is taken hold of as soon as the source has said its name, so that both
+sides look at their guests at the same time.  PREPARE is answered when the plan is
+made and this side's QEMU is set up for it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from ..errors import DeadlineError, FeatureError, GuestError, GuestGone, ProtocolError
+from ..handshake.events import FeatureSaid, GuestDescribed, PrepareAsked, Selected, Started
+from ..interfaces import DIRECT, PATHS, GuestFacts, No, Settings, Withdraw
+from ..negotiation.agree import build_plan
+from ..negotiation.plan import Plan
+from ..negotiation.terms import Terms, Traits, expect
+from ..wire.role import SECRET_SIZE
+from . import preflight
+from .control import Control
+from .move import Move
+from .services import Services
+from .settings import settings_for, settings_to_wire
+
+__all__ = ["Answering"]
+
+
+class Answering(Move):
+    """A destination that negotiates.
+
+    :ivar control: the control connection.
+    :ivar host: this host's address, as the peer has reached it; none over a unix socket.
+    :ivar selected: the features in the source's Reply.
+    :ivar taking: the attempt to take hold of the guest that was named.
+    :ivar left_out: why features are not used.
+    :ivar plan: what both sides settled on.
+    :ivar secret: what proves that a payload channel is this migration's.
+    :ivar run: the guest is to run once it is here.
+    :ivar baseline: no feature was selected: the stream takes the control connection.
+    """
+
+    def __init__(self, services: Services, control: Control, selected: Selected) -> None:
+        peer = control.transport.getPeer()
+        host = getattr(peer, "host", None)
+        where = f"tcp:{host}:{peer.port}" if host else str(peer)
+        super().__init__(
+            services, services.records.new(str(uuid.uuid4()), "", "destination", where)
+        )
+        self.control = control
+        self.host = str(getattr(control.transport.getHost(), "host", ""))
+        self.selected = selected.features
+        self.taking: Deferred[GuestFacts] | None = None
+        self.left_out: dict[str, str] = {}
+        self.plan: Plan | None = None
+        self.secret = b""
+        self.run = True
+        self.baseline = False
+        self._theirs: Mapping[str, Any] = {}
+        self._description: Mapping[str, Any] = {}
+        self._proposals: dict[str, Mapping[str, Any]] = {}
+
+    async def negotiate(self) -> None:
+        """Answer the source up to its START.
+
+        :raises QmigdError: it does not come to that, and why.
+        """
+        control, deadline = self.control, self.services.deadlines.handshake
+        for name in self.services.policy.require:
+            if name in self.services.features and name not in self.selected:
+                raise FeatureError(
+                    f"this host's policy requires {name}, which the source did not select"
+                )
+        while True:
+            said = await control.next(
+                GuestDescribed,
+                FeatureSaid,
+                PrepareAsked,
+                Started,
+                deadline=deadline,
+                what="the source's next message",
+            )
+            if isinstance(said, GuestDescribed):
+                self._described(said.description)
+            elif isinstance(said, FeatureSaid):
+                if said.withdrawn is not None:
+                    self.left_out[said.name] = f"source: {said.withdrawn}"
+                else:
+                    self._proposals[said.name] = said.parameters
+            elif isinstance(said, PrepareAsked):
+                control.expect_within(None)
+                await self._prepare(said.body)
+                control.expect_within(deadline)
+                await control.next(Started, deadline=deadline, what="the source's START")
+                break
+            else:
+                facts = await self._taken()
+                self.services.records.add(self.record)
+                self.plan = self.record.plan = Plan("handover", path_reason="baseline")
+                await self._set_up(self.plan, facts)
+                break
+        control.expect_within(None)
+        self.baseline = not self.selected
+
+    def _described(self, description: Mapping[str, Any]) -> None:
+        """Take in what the source says of its guest; the name may come ahead of the rest."""
+        name = self._theirs.get("name", description.get("name"))
+        if name is not None and not isinstance(name, str):
+            raise ProtocolError("the guest's 'name' is not a string", code="bad-json")
+        self._theirs = {**self._theirs, **description, "name": name}
+        if name is not None and self.taking is None:
+            self.taking = Deferred.fromCoroutine(self._take_guest(name))
+
+    async def _taken(self) -> GuestFacts:
+        """The guest that is meant, in our hands.  To be called once."""
+        taking, self.taking = self.taking, None
+        return await (taking or self._take_guest(None))
+
+    async def _take_guest(self, name: str | None) -> GuestFacts:
+        self.record.update(step="waiting for the guest's QEMU")
+        guest = await self.services.guests.waiting(name, self.record.id)
+        self.guest = guest
+        self.record.guest = guest.name
+        await self.attach(guest)
+        examined = await guest.examine()
+        if examined.status != "inmigrate":
+            raise GuestError(
+                f"guest {guest.name} does not wait for a migration, it is {examined.status}; "
+                f"start its QEMU with -incoming defer",
+                code="guest-not-waiting",
+            )
+        self._description = examined.description
+        return examined.facts
+
+    async def _prepare(self, body: Mapping[str, Any]) -> None:
+        services, machine = self.services, self.control.machine
+        migration = _canonical(expect(body, "migration", str))
+        theirs = Terms.from_wire(expect(body, "terms", dict))
+
+        probe = expect(body, "probe", bool, False)
+        facts = await self._taken()
+        assert self.guest is not None
+        services.guests.assign(self.guest, migration)
+        self.record.id = migration
+        if not probe:
+            services.records.add(self.record)
+        preflight.check(self._theirs, self._description)
+        agreements = self._answer(facts)
+        self.secret = secrets.token_bytes(SECRET_SIZE)
+        while True:
+            terms = Terms(
+                {name: Traits.of(services.features[name]) for name in agreements},
+                conflicts=tuple(services.conflicts(self._source_facts(facts), facts)),
+                prefer=services.policy.prefer,
+                require=services.policy.require,
+                closed=self._closed_paths(),
+            )
+            plan = build_plan(services.features, agreements, theirs, terms, self.left_out)
+            try:
+                real = await self._set_up(plan, facts)
+                break
+            except GuestError as error:
+                # Some things show only now: that this host forbids userfaultfd, say.
+                if _lost(error) or not (refused := await self._refused(plan, facts)):
+                    raise
+                self.left_out.update(refused)
+                agreements = {name: agreements[name] for name in agreements if name not in refused}
+        self.plan = self.record.plan = plan
+        prepared: dict[str, Any] = {"plan": plan.to_wire(), "terms": terms.to_wire()}
+        if probe:
+            await self.put_back()
+        else:
+            prepared["settings"] = settings_to_wire(real)
+        prepared["secret"] = self.secret.hex()
+        services.verdicts.expect(self.record.id, self.secret)
+        for name in self.selected:
+            if name in agreements:
+                machine.feature(name, agreements[name])
+            elif name in self._proposals:
+                machine.feature(name, {"withdrawn": self.left_out[name]})
+        machine.prepared(prepared)
+        self.control.flush()
+
+    def _answer(self, facts: GuestFacts) -> dict[str, dict[str, Any]]:
+        """Each feature's agreement; what cannot be had goes to ``left_out``."""
+        agreements: dict[str, dict[str, Any]] = {}
+        for name, proposal in self._proposals.items():
+            feature = self.services.features[name]
+            answer = feature.probe_guest(facts, "destination")
+            try:
+                if isinstance(answer, No):
+                    raise Withdraw(answer.reason)
+                agreements[name] = feature.answer(facts, self.services.host, proposal)
+            except Withdraw as withdrawal:
+                self.left_out[name] = str(withdrawal)
+            except ValueError as error:
+                raise ProtocolError(
+                    f"the source's parameters for {name} make no sense: {error}", code="feature"
+                ) from None
+        return agreements
+
+    async def _set_up(self, plan: Plan, facts: GuestFacts) -> Settings:
+        return await self.set_up_plan(plan, facts, "destination", lambda: self.note("prepared"))
+
+    async def _refused(self, plan: Plan, facts: GuestFacts) -> dict[str, str]:
+        """The features of a plan that QEMU does not take by themselves, and what it says."""
+        assert self.guest is not None
+        features = self.services.features
+        refused: dict[str, str] = {}
+        # Those that need no other one first: where one falls, those that need it do as well.
+        for name in sorted(plan.features, key=lambda name: len(features[name].requires)):
+            members = [name]
+            for member in members:
+                members.extend(sorted(features[member].requires - set(members)))
+            if not refused.keys().isdisjoint(members):
+                continue
+            alone = Plan(plan.path, tuple(members), plan.agreements)
+            try:
+                wanted = settings_for(alone, features, facts, "destination")
+                before, _ = await self.guest.apply(wanted)
+                await self.guest.apply(before)
+            except GuestError as error:
+                if _lost(error):
+                    raise
+                refused[name] = error.text
+        return refused
+
+    def _source_facts(self, here: GuestFacts) -> GuestFacts:
+        """What the source said of its QEMU; where it said nothing, the same as here."""
+        version = here.version
+        words = str(self._theirs.get("qemu", "")).split(".")
+        if len(words) == 3 and all(word.isdigit() for word in words):
+            version = (int(words[0]), int(words[1]), int(words[2]))
+        machine = str(self._theirs.get("machine", here.machine))
+        return GuestFacts(here.name, here.backend, version, machine, {}, {})
+
+    def _closed_paths(self) -> dict[str, str]:
+        closed = {
+            path: "excluded by the destination's policy"
+            for path in PATHS
+            if path in self.services.policy.exclude
+        }
+        if self.services.ports is None:
+            closed.setdefault(DIRECT, "the destination offers no direct-ports")
+        if not self.host:
+            closed.setdefault(DIRECT, "the two daemons speak over a unix socket, not a network")
+        return closed
+
+    def note(self, stage: str) -> None:
+        """Put down in the journal how far it is."""
+        assert self.guest is not None
+        self.services.journal.write(
+            self.record.id,
+            "destination",
+            {
+                "guest": self.record.guest,
+                "qmp": self.services.guests.where(self.guest),
+                "peer": self.record.peer,
+                "stage": stage,
+                "baseline": self.baseline,
+                "secret": self.secret.hex(),
+                "run": self.run,
+                "capabilities": dict(self.saved.capabilities),
+                "parameters": dict(self.saved.parameters),
+            },
+        )
+
+
+def _lost(error: GuestError) -> bool:
+    """Whether it is about the QEMU itself, and not about what it was told."""
+    return isinstance(error, GuestGone | DeadlineError)
+
+
+def _canonical(migration: str) -> str:
+    try:
+        return str(uuid.UUID(migration))
+    except ValueError:
+        raise ProtocolError(f"{migration!r} is no UUID", code="bad-json") from None
