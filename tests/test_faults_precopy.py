@@ -21,6 +21,7 @@ from typing import Any
 from tests.rig.daemons import Daemon, DaemonDied
 from tests.rig.guest import Guest
 from tests.rig.netns import Link
+from tests.rig.news import ask_until
 from tests.rig.pair import NAME, SLOW, Pair, PairCase, start
 from tests.rig.proofs import only_one_runs
 from tests.rig.qmp import QmpError
@@ -62,8 +63,10 @@ class FaultCase(PairCase):
 
     def register(self, daemon: Daemon, guest: Guest) -> None:
         """Have a daemon know a guest, whatever it knew before and has still to bring to an end."""
-        while any("migration" in known for known in daemon.execute("query-guests")):
-            pass  # each answer waits for QEMU's
+        ask_until(
+            lambda: all("migration" not in known for known in daemon.execute("query-guests")),
+            lambda: f"the guest to be free: {daemon.execute('query-guests')}",
+        )
         if any(known["name"] == NAME for known in daemon.execute("query-guests")):
             daemon.execute("guest-remove", name=NAME)
         daemon.execute("guest-add", name=NAME, qmp=f"unix:{guest.qmp_path}")
@@ -429,8 +432,7 @@ class ReleasedTests(FaultCase):
         pair.there.process.signal(signal.SIGSTOP)
         pair.set(max_bandwidth=1 << 30)
         pair.source.wait_migration("completed")
-        while pair.entry(pair.here)["owner"] != "destination":
-            pass  # it is on its way from QEMU's answer to that line
+        ask_until(lambda: pair.entry(pair.here)["owner"] == "destination", "RELEASE to be sent")
         self.assertEqual(pair.destination.status(), "paused")
         return pair
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["DEADLINE", "Hang", "tell", "wait_until"]
+__all__ = ["DEADLINE", "Hang", "ask_until", "tell", "wait_until"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,27 @@ def wait_until(
         if not _later_than(seen, end):
             text = what if isinstance(what, str) else what()
             raise Hang(f"Waited {deadline:g} s in vain: {text}.")
+
+
+def ask_until(
+    condition: Callable[[], T],
+    what: str | Callable[[], str],
+    *,
+    deadline: float = DEADLINE,
+) -> T:
+    """Return what ``condition()`` returns as soon as that is true, asking again at once.
+
+    It is for what nobody tells of; the question should be one that somebody else has
+    to answer, so that this process does not just spin.
+
+    :raises Hang: the deadline has passed.
+    """
+    end = time.monotonic() + deadline
+    while not (result := condition()):
+        if time.monotonic() > end:
+            text = what if isinstance(what, str) else what()
+            raise Hang(f"Asked for {deadline:g} s in vain: {text}.")
+    return result
 
 
 def _later_than(seen: int, end: float) -> bool:
