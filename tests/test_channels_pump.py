@@ -125,6 +125,7 @@ class PumpCase(TestCase):
             ours = wire
         self.lost: list[str] = []
         self.lost_once: Deferred[str] = Deferred()
+        self.held: list[None] = []
         self.ended: Deferred[str] = Deferred()
 
         def lost(reason: str) -> None:
@@ -140,6 +141,7 @@ class PumpCase(TestCase):
             ours,
             call=call.callFromThread,
             on_lost=lost,
+            on_held=lambda: self.held.append(None),
             on_end=self.ended.callback,
             codec=codec,
         )
@@ -363,6 +365,7 @@ class PumpTests(PumpCase):
         peer.shutdown(socket.SHUT_WR)
         await self.threads_left(1)
         self.assertTrue(is_open(qemu))
+        self.assertEqual(len(self.held), 1)
         # The other direction goes on, and its end is the pump's.
         there, back = await gatherResults(
             [deferToThread(write_all, qemu, b"last words"), deferToThread(read_all, peer)]

@@ -20,6 +20,7 @@ from twisted.trial.unittest import TestCase
 from qmigd.channels.attach import Attachments, open_channel
 from qmigd.channels.relay import (
     ChannelEnded,
+    ChannelHeld,
     ChannelLost,
     ChannelRefused,
     DestinationRelay,
@@ -247,6 +248,18 @@ class SourceTests(RelayCase):
         await self.relay.stop("given up")
         self.assertFalse(is_open(qemu))
         self.assertEqual(self.events[1:], [ChannelEnded(MAIN, "given up")])
+
+    async def test_hold_of_an_end(self) -> None:
+        """On hold the owner, and not QEMU, is told that the peer has closed its end."""
+        qemu = self.connect(self.path)
+        _, opened = await self.asked(1)
+        peer = self.give(opened)
+        self.relay.hold = True
+        peer.shutdown(socket.SHUT_WR)
+        await self.until(lambda: len(self.events) == 1)
+        self.assertEqual([type(event) for event in self.events], [ChannelHeld])
+        self.assertTrue(is_open(qemu))
+        self.assertEqual(self.states(), ["open"])
 
     async def test_stop_while_opening(self) -> None:
         """Stopping gives up what is being opened, and closes what waits for it."""

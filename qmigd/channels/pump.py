@@ -16,7 +16,7 @@ it ended.  All that follows from an end is decided there, in :class:`Pump`:
 - a socket that the *peer* lost ends it as well, unless the owner has said ``hold``:
   then the guest's socket stays open, and at most a buffer more is read from it, until
   the owner says :meth:`Pump.abort`.  While ``hold`` lasts, the end of the peer's stream is
-  not passed on either: a daemon that was killed looks like that.
+  not passed on either, but told to the owner: a daemon that was killed looks like that.
 
 A thread is ended from outside by shutting both sockets, which wakes it wherever it
 blocks; descriptors are closed only once no thread can be using them.
@@ -186,6 +186,7 @@ class Pump:
         *,
         call: Callable[..., object],
         on_lost: Callable[[str], None],
+        on_held: Callable[[], None],
         on_end: Callable[[str], None],
         codec: Callable[[], ICodec] | None = None,
         hold: bool = False,
@@ -198,6 +199,7 @@ class Pump:
             ``reactor.callFromThread``.
         :param on_lost: gets the reason when the peer is lost, once, before anything
             is closed: it can still say ``hold``.
+        :param on_held: told when the end of the peer's stream was not passed on, once.
         :param on_end: gets the reason when it has ended, once.
         :param codec: makes what encodes and decodes, one object for each direction.
         """
@@ -208,6 +210,7 @@ class Pump:
         self._wire = wire
         self._call = call
         self._on_lost = on_lost
+        self._on_held = on_held
         self._on_end = on_end
         self._closing: str | None = None
         self._outward = Flow(
@@ -276,6 +279,8 @@ class Pump:
                 _shut(self._wire, socket.SHUT_WR)
             elif not self.hold:
                 _shut(self._guest, socket.SHUT_WR)
+            elif self.lost is None:
+                self._on_held()
         elif end.what == "codec":
             if end.mistake is not None:
                 log.failure("a codec failed", failure=end.mistake)

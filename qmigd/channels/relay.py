@@ -40,6 +40,7 @@ from qmigd.transports.uri import MAX_UNIX_PATH, UnixAddress
 
 __all__ = [
     "ChannelEnded",
+    "ChannelHeld",
     "ChannelLost",
     "ChannelRefused",
     "ChannelState",
@@ -69,6 +70,11 @@ class ChannelLost(RelayEvent):
 
     The guest's side is closed when the owner returns, unless the relay is on hold.
     """
+
+
+@dataclass(frozen=True)
+class ChannelHeld(RelayEvent):
+    """The peer has closed its side of a channel, and QEMU is not told, being on hold."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,7 @@ class _Relay:
                 wire,
                 call=self._reactor.callFromThread,
                 on_lost=lambda reason: self._tell(ChannelLost(channel.id, reason)),
+                on_held=lambda: self._tell(ChannelHeld(channel.id, "the peer closed its end")),
                 on_end=lambda reason: self._tell(ChannelEnded(channel.id, reason)),
                 codec=self._codec,
                 hold=self._hold,

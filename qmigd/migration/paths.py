@@ -28,6 +28,7 @@ from ..channels.attach import open_channel
 from ..channels.codecs import chain
 from ..channels.relay import (
     ChannelEnded,
+    ChannelHeld,
     ChannelLost,
     ChannelRefused,
     DestinationRelay,
@@ -215,6 +216,14 @@ class DestinationPath(_Path):
     def _hand_over(self, name: str, index: int, sock: socket.socket) -> None:
         handing = Deferred.fromCoroutine(self._guest.incoming(sock))
         handing.addErrback(self._refused)
+
+    def _heard(self, event: RelayEvent) -> None:
+        if isinstance(event, ChannelHeld) and event.channel == MAIN:
+            # The source's QEMU has sent everything, or its qmigd was killed: which of the
+            # two it was shows in whether the guest is whole in a while.  Any other channel
+            # may end before the stream does.
+            event = ChannelLost(event.channel, event.reason)
+        super()._heard(event)
 
     def _refused(self, failure: Any) -> None:
         failure.trap(QmigdError)
