@@ -39,8 +39,8 @@ _PURE = ("wire", "handshake", "negotiation", "stream")
 #: All that those may import beside qmigd: nothing in it opens, sends, waits or asks the clock.
 _HARMLESS = {
     "__future__", "abc", "automat", "collections", "contextlib", "copy", "dataclasses", "difflib",
-    "enum", "functools", "hashlib", "hmac", "itertools", "json", "math", "operator", "re",
-    "secrets", "string", "struct", "types", "typing", "uuid", "zope",
+    "enum", "functools", "hashlib", "hmac", "ipaddress", "itertools", "json", "math", "operator",
+    "re", "secrets", "string", "struct", "types", "typing", "uuid", "zope",
 }  # fmt: skip
 
 #: Calls that are I/O without an import.

@@ -1,0 +1,103 @@
+"""Who a certificate is for, and whether that is the host that was asked for.
+
+Names are those of the extension subjectAltName, DNS names and IP addresses; the common
+name in the subject counts for nothing (RFC 9525).  What a source connects to is compared
+as follows:
+
+- an IP address with the addresses only, a name with the names only;
+- an IPv6 address without its scope (``fe80::1%eth0``), which has a meaning on this host
+  alone, and an IPv4 address in IPv6's form (``::ffff:192.0.2.1``) as the one that it is;
+- a name without the dot at its end, in any case of letters; one that is not ASCII in the
+  form that DNS has for it (``xn--``, IDNA 2008);
+- ``*`` as the whole first label of a certificate's name stands for one label.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from cryptography import x509
+from service_identity import VerificationError
+from service_identity.exceptions import CertificateError
+from service_identity.hazmat import (
+    DNS_ID,
+    DNSPattern,
+    IPAddress_ID,
+    IPAddressPattern,
+    verify_service_identity,
+)
+
+from qmigd.errors import LocalError
+from qmigd.negotiation.allow import PeerNames
+
+__all__ = ["check_host", "peer_names"]
+
+
+def peer_names(certificate: x509.Certificate) -> PeerNames:
+    """Return the names and addresses that a certificate is for.
+
+    :raises LocalError: they cannot be read (code ``tls``).
+    """
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return PeerNames(
+            tuple(name.lower() for name in found.get_values_for_type(x509.DNSName)),
+            tuple(
+                address
+                for address in found.get_values_for_type(x509.IPAddress)
+                if isinstance(address, ipaddress.IPv4Address | ipaddress.IPv6Address)
+            ),
+        )
+    except x509.ExtensionNotFound:
+        return PeerNames()
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise LocalError(
+            f"the names in the peer's certificate cannot be read: {error}", code="tls"
+        ) from None
+
+
+def check_host(certificate: x509.Certificate, host: str) -> None:
+    """Check that a certificate is for the host that was connected to.
+
+    :param certificate: one that has been verified.
+    :param host: the name or the address, as in the URI.
+    :raises LocalError: it is for another one (code ``tls``); the text has both.
+    """
+    names = peer_names(certificate)
+    host = host.removesuffix(".")
+    try:
+        wanted = _address_id(host) or DNS_ID(host)
+    except ValueError:
+        raise LocalError(
+            f"'{host}' is not a name that a certificate could be for; connect to the peer by "
+            f"its name or its address",
+            code="tls",
+        ) from None
+    try:
+        # Not verify_certificate_hostname(): that one reads names of other kinds as well,
+        # and fails with those that it does not understand ("urn:uuid:...").
+        verify_service_identity(
+            [
+                *(DNSPattern.from_bytes(name.encode()) for name in names.dns),
+                *map(IPAddressPattern, names.addresses),
+            ],
+            obligatory_ids=[wanted],
+            optional_ids=[],
+        )
+    except (VerificationError, CertificateError):
+        raise LocalError(
+            f"the peer at {host} presented a certificate that is for {names}: either another "
+            f"host answers there, or its certificate has to be made anew with {host} among its "
+            f"names",
+            code="tls",
+        ) from None
+
+
+def _address_id(host: str) -> IPAddress_ID | None:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return IPAddress_ID(str(address))
