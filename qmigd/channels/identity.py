@@ -32,6 +32,8 @@ from qmigd.negotiation.allow import PeerNames
 
 __all__ = ["check_host", "peer_names"]
 
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 def peer_names(certificate: x509.Certificate) -> PeerNames:
     """Return the names and addresses that a certificate is for.
@@ -43,9 +45,9 @@ def peer_names(certificate: x509.Certificate) -> PeerNames:
         return PeerNames(
             tuple(name.lower() for name in found.get_values_for_type(x509.DNSName)),
             tuple(
-                address
+                _plain(address)
                 for address in found.get_values_for_type(x509.IPAddress)
-                if isinstance(address, ipaddress.IPv4Address | ipaddress.IPv6Address)
+                if isinstance(address, _Address)
             ),
         )
     except x509.ExtensionNotFound:
@@ -66,7 +68,7 @@ def check_host(certificate: x509.Certificate, host: str) -> None:
     names = peer_names(certificate)
     host = host.removesuffix(".")
     try:
-        wanted = _address_id(host) or DNS_ID(host)
+        wanted = _wanted(host)
     except ValueError:
         raise LocalError(
             f"'{host}' is not a name that a certificate could be for; connect to the peer by "
@@ -93,11 +95,19 @@ def check_host(certificate: x509.Certificate, host: str) -> None:
         ) from None
 
 
-def _address_id(host: str) -> IPAddress_ID | None:
+def _wanted(host: str) -> DNS_ID | IPAddress_ID:
+    """:raises ValueError: it is neither a name nor an address."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return None
+        if host != host.strip():
+            raise  # service-identity would take it without the spaces
+        return DNS_ID(host)
+    return IPAddress_ID(str(_plain(address)))
+
+
+def _plain(address: _Address) -> _Address:
+    """Return the IPv4 address that an address stands for, if it does."""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return IPAddress_ID(str(address))
+        return address.ipv4_mapped
+    return address

@@ -114,8 +114,8 @@ _ALERTS = {
     ),
     "bad record mac": "a record reached the peer damaged, or was tampered with on the way",
     "certificate expired": (
-        "the peer refuses this host's certificate: it has expired, or the peer's clock is wrong; "
-        "see its end with 'openssl x509 -enddate -noout -in', and make a new one"
+        "the peer refuses this host's certificate: it has expired by the peer's clock; make a "
+        "new one with 'qmigctl pki host', or set that clock right"
     ),
     "certificate required": (
         "the peer demands a certificate, and this side presented none; it needs one that is "
@@ -178,6 +178,7 @@ _FINDINGS = {
         "the peer presented no certificate; it needs one that is signed by a CA that is trusted "
         "here"
     ),
+    "unexpected message": _NO_TLS,
     "unsupported protocol": "the peer does not speak TLS 1.3, and this side speaks nothing older",
     "wrong ssl version": "the peer does not speak TLS 1.3, and this side speaks nothing older",
     "wrong version number": _NO_TLS,

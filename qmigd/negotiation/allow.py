@@ -91,11 +91,11 @@ class Allow:
 
         The reason does not have the list, since it is told to the peer.
         """
-        if self._guests(names) is None or self._guests(names):
+        guests = self._guests(names)
+        if guests is None or guests:
             return None
         return (
-            f"its certificate is for {names}, and 'allow' in this host's [tls] has no guests "
-            f"for that"
+            f"its certificate is for {names}, and 'allow' in this host's [tls] has nothing for that"
         )
 
     def permits_guest(self, names: PeerNames, guest: str) -> str | None:

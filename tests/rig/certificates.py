@@ -1,7 +1,7 @@
 """Certificates for tests: good ones, and bad ones of every kind.
 
-Made here with ``cryptography`` alone and not with what ``qmigctl pki`` uses, so that
-qmigd is not only tested with what it has made itself.  Keys are ECDSA on P-256, of which
+Made with ``cryptography`` alone and not with what ``qmigctl pki`` uses, so that qmigd is
+not only tested with what it has made itself.  Keys are ECDSA on P-256, of which
 a hundred take a second.
 """
 
@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
+from qmigd.channels.credentials import Credentials
+
 __all__ = ["CLIENT", "SERVER", "Authority", "Files", "key_usage", "private_pem", "write"]
 
 SERVER = ExtendedKeyUsageOID.SERVER_AUTH
@@ -43,6 +45,10 @@ class Files:
     certificate: Path
     key: Path
     authority: Path
+
+    def load(self) -> Credentials:
+        """Read them as the daemon does."""
+        return Credentials.load(self.certificate, self.key, self.authority)
 
     def table(self) -> dict[str, str]:
         """Return the table ``[tls]``."""
