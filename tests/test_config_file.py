@@ -12,6 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qmigd.daemon.config import (
     Config,
     GuestConfig,
+    TlsConfig,
     default_state_dir,
     guest_config,
     load,
@@ -20,6 +21,7 @@ from qmigd.daemon.config import (
 )
 from qmigd.daemon.toml_lines import find_lines
 from qmigd.errors import ArgumentError, ConfigError
+from qmigd.negotiation.allow import Allow
 from qmigd.negotiation.policy import Policy
 from qmigd.transports.uri import TcpAddress, UnixAddress
 
@@ -46,6 +48,7 @@ class GoodFileTests(SynchronousTestCase):
             (daemon.handshake_deadline, daemon.peer_deadline, daemon.guest_deadline),
         )
         self.assertEqual(Policy(), config.policy)
+        self.assertEqual((None, "off"), (config.tls, config.tls_policy))
         self.assertEqual("keep", config.source_after)
         self.assertEqual({}, config.guests)
 
@@ -62,7 +65,13 @@ class GoodFileTests(SynchronousTestCase):
             handshake-deadline = 1.5
             peer-deadline = 2
             guest-deadline = 3
+            [tls]
+            certificate = "/c"
+            key = "/k"
+            ca = "/a"
+            allow = ["hosta.example"]
             [policy]
+            tls = "require"
             prefer = ["relay", "multifd"]
             require = ["postcopy-ram"]
             exclude = ["direct"]
@@ -86,6 +95,10 @@ class GoodFileTests(SynchronousTestCase):
         self.assertEqual(
             Policy(("relay", "multifd"), ("postcopy-ram",), ("direct",)), config.policy
         )
+        self.assertEqual(
+            TlsConfig(Path("/c"), Path("/k"), Path("/a"), Allow.of(["hosta.example"])), config.tls
+        )
+        self.assertEqual("require", config.tls_policy)
         self.assertEqual("quit", config.source_after)
         self.assertEqual(
             {
@@ -124,10 +137,99 @@ class GoodFileTests(SynchronousTestCase):
             {
                 "listen", "monitor", "state-dir", "direct-ports", "insecure",
                 "handshake-deadline", "peer-deadline", "guest-deadline",
-                "prefer", "require", "exclude", "source-after", "qmp", "launch",
+                "certificate", "key", "ca", "allow",
+                "tls", "prefer", "require", "exclude", "source-after", "qmp", "launch",
             },
             keys,
         )  # fmt: skip
+
+
+TLS = '[tls]\ncertificate = "/c"\nkey = "/k"\nca = "/a"\n'
+
+
+class TlsTests(SynchronousTestCase):
+    def refused(self, text: str) -> str:
+        return str(self.assertRaises(ConfigError, read, text).text)
+
+    def test_policy(self) -> None:
+        """With certificates TLS is preferred, unless the policy says otherwise, in either way."""
+        for policy, meaning in (
+            ("", "prefer"),
+            ('tls = "off"', "off"),
+            ('tls = "prefer"', "prefer"),
+            ('tls = "require"', "require"),
+            ('require = ["tls"]', "require"),
+            ('exclude = ["tls"]', "off"),
+            ('tls = "require"\nrequire = ["tls"]', "require"),
+        ):
+            self.assertEqual(meaning, read(f"{TLS}[policy]\n{policy}").tls_policy)
+
+    def test_policy_says_two_things(self) -> None:
+        """A policy that contradicts itself is refused."""
+        self.assertEqual(
+            "q.toml, line 6: [policy] has tls = \"require\", and 'tls' in exclude; say it once.",
+            self.refused(f'{TLS}[policy]\ntls = "require"\nexclude = ["tls"]'),
+        )
+        self.assertIn("in require", self.refused(f'{TLS}[policy]\ntls="off"\nrequire=["tls"]'))
+
+    def test_no_certificates(self) -> None:
+        """Without certificates TLS can be off, and nothing else."""
+        for policy in ('tls = "prefer"', 'tls = "require"', 'require = ["tls"]'):
+            self.assertRegex(
+                self.refused(f"[policy]\n{policy}"),
+                r"^q.toml, line 2: \[policy\] asks for TLS \(.*\), but there are no certificates: "
+                r"name them in \[tls\]; 'qmigctl pki' makes some\.$",
+            )
+        self.assertIsNone(read('[tls]\n[policy]\ntls = "off"').tls)
+        self.assertIn('must be "off", "prefer" or "require"', self.refused("[policy]\ntls = true"))
+
+    def test_all_or_none(self) -> None:
+        """Certificate, key and CA go together."""
+        self.assertEqual(
+            "q.toml has 2 problems:\n"
+            "  line 1: [tls] needs ca: certificate, key and ca go together; 'qmigctl pki' makes "
+            "all three.\n"
+            "  line 1: [tls] needs key: certificate, key and ca go together; 'qmigctl pki' makes "
+            "all three.",
+            self.refused('[tls]\ncertificate = "/c"'),
+        )
+        self.assertIn("3 problems", self.refused("[tls]\nallow = []"))
+        self.assertIn(
+            'line 2: [tls] key must be a whole path, "/...", not "k"',
+            self.refused('[tls]\nkey = "k"'),
+        )
+
+    def test_allow(self) -> None:
+        """Whose guests are taken: everybody's, a list, or a table with lists of guests."""
+        for text, allow in (
+            ("", Allow()),
+            ("allow = []", Allow.of([])),
+            ('allow = ["a", "192.0.2.0/24"]', Allow.of(["a", "192.0.2.0/24"])),
+            ('allow = { a = ["x*"] }', Allow.of({"a": ["x*"]})),
+            ('[tls.allow]\n"*.b" = []', Allow.of({"*.b": []})),
+        ):
+            tls = read(TLS + text).tls
+            assert tls is not None
+            self.assertEqual(allow, tls.allow)
+
+    def test_bad_allow(self) -> None:
+        """A pattern that makes no sense is named with its line."""
+        for text, sentence in (
+            ("allow = true", "must be a list of names of peers, or a table from them to lists"),
+            ("allow = [1]", "must be a list of strings; a whole number is in it"),
+            ('allow = ["a", "a"]', "names 'a' twice"),
+            ('allow = ["a b"]', "cannot be used: 'a b' is no name"),
+            ('allow = ["192.0.2.7/24"]', "cannot be used: '192.0.2.7/24' is not a network"),
+            ('allow = { a = "x" }', '"a" must be a list of strings, not a string'),
+        ):
+            self.assertIn(f"q.toml, line 5: [tls] allow {sentence}", self.refused(TLS + text))
+
+    def test_beyond_loopback(self) -> None:
+        """With certificates a daemon may listen beyond loopback, unless TLS is off."""
+        listen = '[daemon]\nlisten = ["tcp:192.0.2.1"]\n'
+        read(listen + TLS)
+        self.assertIn("no TLS", self.refused(f'{listen}{TLS}[policy]\ntls = "off"'))
+        read(f'{listen}insecure = true\n{TLS}[policy]\ntls = "off"')
 
 
 class BadFileTests(SynchronousTestCase):
@@ -230,7 +332,9 @@ class BadFileTests(SynchronousTestCase):
         for address in ("0.0.0.0", "[::]", "192.0.2.1", "host.example", ""):
             with self.subTest(address):
                 text = f'[daemon]\nlisten = ["tcp:{address}:16516"]'
-                self.assertRegex(self.refused(text), r"line 2: .* no TLS .*'insecure = true'\.$")
+                self.assertRegex(
+                    self.refused(text), r"line 2: .* no TLS: .*\[tls\].*'insecure = true'\.$"
+                )
                 read(f"{text}\ninsecure = true")
         for address in ("127.0.0.1", "127.8.8.8", "[::1]", "localhost"):
             read(f'[daemon]\nlisten = ["tcp:{address}:16516"]')

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from ..api import default_socket, nearest
 from ..errors import ArgumentError, ConfigError
 from ..interfaces import PATHS
+from ..negotiation.allow import Allow
 from ..negotiation.policy import Policy
 from ..transports.uri import Address, TcpAddress
 from . import config_values as values
@@ -30,6 +31,7 @@ __all__ = [
     "Config",
     "DaemonConfig",
     "GuestConfig",
+    "TlsConfig",
     "default_state_dir",
     "guest_config",
     "load",
@@ -48,7 +50,7 @@ class DaemonConfig:
         the sockets between itself and QEMU.
     :ivar direct_ports: ports that the QEMUs of destinations may listen on; empty
         where none are offered.
-    :ivar insecure: listening beyond loopback without TLS is allowed.
+    :ivar insecure: peers without TLS are served beyond loopback as well.
     :ivar handshake_deadline: seconds that a peer has for the handshake.
     :ivar peer_deadline: seconds without a sign of life after which a peer is lost.
     :ivar guest_deadline: seconds that a QEMU has for an answer.
@@ -78,15 +80,38 @@ class GuestConfig:
 
 
 @dataclass(frozen=True)
+class TlsConfig:
+    """``[tls]``: who this host is, whom it believes, and whose guests it takes.
+
+    What is in the files is not looked at here.
+
+    :ivar certificate: of this host, PEM.
+    :ivar key: the certificate's, PEM.
+    :ivar authority: ``ca``, the CAs that sign hosts' certificates, PEM.
+    :ivar allow: which peers may send which guests here.
+    """
+
+    certificate: Path
+    key: Path
+    authority: Path
+    allow: Allow = field(default_factory=Allow)
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole file.
 
     :ivar policy: features and paths that the operator prefers, requires, excludes.
+    :ivar tls: certificates; ``None`` where there are none.
+    :ivar tls_policy: whether connections to peers are secured; ``"off"`` without
+        certificates.
     :ivar source_after: what becomes of the source's QEMU after a good migration.
     """
 
     daemon: DaemonConfig
     policy: Policy = field(default_factory=Policy)
+    tls: TlsConfig | None = None
+    tls_policy: values.TlsPolicy = "off"
     source_after: Literal["keep", "quit"] = "keep"
     guests: Mapping[str, GuestConfig] = field(default_factory=dict)
 
@@ -176,7 +201,7 @@ _Read = Callable[[Any], Any]
 _DAEMON: Mapping[str, _Read] = {
     "listen": values.listen,
     "monitor": values.unix_path,
-    "state-dir": values.directory,
+    "state-dir": values.path,
     "direct-ports": values.ports,
     "insecure": values.flag,
     "handshake-deadline": values.seconds,
@@ -187,10 +212,17 @@ _POLICY: Mapping[str, _Read] = {
     "prefer": values.names,
     "require": values.names,
     "exclude": values.names,
+    "tls": values.tls_policy,
     "source-after": values.source_after,
 }
+_TLS: Mapping[str, _Read] = {
+    "certificate": values.path,
+    "key": values.path,
+    "ca": values.path,
+    "allow": values.allow,
+}
 _GUEST: Mapping[str, _Read] = {"qmp": values.unix_path, "launch": values.launch}
-_TABLES = ("daemon", "policy", "guest")
+_TABLES = ("daemon", "tls", "policy", "guest")
 
 
 class _Reader:
@@ -215,9 +247,66 @@ class _Reader:
                     self._problem(
                         ("policy", "exclude"), f"[policy] has '{name}' in {other} and in exclude"
                     )
+        tls = self._tls()
+        tls_policy = self._tls_policy(policy.get("tls"), lists, tls)
+        daemon = self._daemon()
+        self._check_listen(daemon, secured=tls_policy != "off")
         return Config(
-            self._daemon(), Policy(**lists), policy.get("source-after", "keep"), self._guests()
+            daemon,
+            Policy(**lists),
+            tls,
+            tls_policy,
+            policy.get("source-after", "keep"),
+            self._guests(),
         )
+
+    def _tls(self) -> TlsConfig | None:
+        found = self._section(("tls",), _TLS)
+        given = self._table(("tls",), "[tls]")
+        if not given:
+            return None
+        for name in ("certificate", "key", "ca"):
+            if name not in given:
+                self._problem(
+                    ("tls",),
+                    f"[tls] needs {name}: certificate, key and ca go together; 'qmigctl pki' "
+                    f"makes all three",
+                )
+        nowhere = Path()  # of no use: there are problems
+        return TlsConfig(
+            found.get("certificate", nowhere),
+            found.get("key", nowhere),
+            found.get("ca", nowhere),
+            found.get("allow", Allow()),
+        )
+
+    def _tls_policy(
+        self,
+        given: values.TlsPolicy | None,
+        lists: Mapping[str, Sequence[str]],
+        tls: TlsConfig | None,
+    ) -> values.TlsPolicy:
+        """Return what holds: of the key, of the lists that can say the same, or by default."""
+        key: Key = ("policy", "tls")
+        meanings: Mapping[str, values.TlsPolicy] = {"require": "require", "exclude": "off"}
+        said = [name for name in meanings if "tls" in lists[name]]
+        if len(said) == 1:  # in both: that is a problem already
+            meaning = meanings[said[0]]
+            if given is None:
+                given, key = meaning, ("policy", said[0])
+            elif given != meaning:
+                self._problem(
+                    key, f"[policy] has tls = \"{given}\", and 'tls' in {said[0]}; say it once"
+                )
+        if given is None:
+            return "prefer" if tls else "off"
+        if given != "off" and tls is None:
+            self._problem(
+                key,
+                f"[policy] asks for TLS ({given}), but there are no certificates: name them in "
+                f"[tls]; 'qmigctl pki' makes some",
+            )
+        return given
 
     def _daemon(self) -> DaemonConfig:
         found = self._section(("daemon",), _DAEMON)
@@ -231,21 +320,24 @@ class _Reader:
             peer_deadline=found.get("peer-deadline", 10.0),
             guest_deadline=found.get("guest-deadline", 10.0),
         )
-        for address in config.listen:
-            if not config.insecure and not address.is_loopback:
+        return config
+
+    def _check_listen(self, daemon: DaemonConfig, *, secured: bool) -> None:
+        for address in daemon.listen:
+            if not (daemon.insecure or secured or address.is_loopback):
                 self._problem(
                     ("daemon", "listen"),
                     f'[daemon] listen has "{address}", which other hosts can reach, and there is '
-                    f"no TLS yet: everybody on the way could read a guest's RAM, and anybody "
-                    f"could send a guest. Listen on a loopback address or, in a network that "
-                    f"only hypervisors can reach, say 'insecure = true'",
+                    f"no TLS: everybody on the way could read a guest's RAM, and anybody could "
+                    f"send a guest. Name certificates in [tls] ('qmigctl pki' makes them), listen "
+                    f"on a loopback address or, in a network that only hypervisors can reach, say "
+                    f"'insecure = true'",
                 )
-            if isinstance(address, TcpAddress) and address.port in config.direct_ports:
+            if isinstance(address, TcpAddress) and address.port in daemon.direct_ports:
                 self._problem(
                     ("daemon", "direct-ports"),
                     f"[daemon] direct-ports has {address.port} in it, where the daemon listens",
                 )
-        return config
 
     def _guests(self) -> dict[str, GuestConfig]:
         guests = {}

@@ -12,24 +12,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArgumentError
+from ..negotiation.allow import Allow
 from ..transports.uri import DEFAULT_PORT, Address, UnixAddress, parse_uri
 
 __all__ = [
     "LISTEN",
     "PORTS",
+    "TLS_POLICIES",
     "BadValue",
-    "directory",
+    "TlsPolicy",
+    "allow",
     "flag",
     "guest_name",
     "kind",
     "launch",
     "listen",
     "names",
+    "path",
     "ports",
     "seconds",
     "source_after",
     "text",
     "texts",
+    "tls_policy",
     "unix_path",
 ]
 
@@ -38,6 +43,9 @@ _GUEST_NAME = 255
 #: Seconds in the longest deadline that makes sense.
 _DAY = 86400
 _PORT = re.compile("[0-9]{1,5}")
+
+TlsPolicy = Literal["off", "prefer", "require"]
+TLS_POLICIES: tuple[TlsPolicy, ...] = ("off", "prefer", "require")
 
 #: The ports that are offered where nothing was said: the first of those that
 #: RFC 6335 leaves to anybody.
@@ -133,12 +141,12 @@ def unix_path(value: Any) -> str:
     return address.path
 
 
-def directory(value: Any) -> Path:
-    """The whole path of a directory."""
-    path = Path(text(value))
-    if not path.is_absolute():
+def path(value: Any) -> Path:
+    """The whole path of a file or a directory."""
+    found = Path(text(value))
+    if not found.is_absolute():
         raise BadValue(f'must be a whole path, "/...", not "{value}"')
-    return path
+    return found
 
 
 def ports(value: Any) -> range:
@@ -167,6 +175,37 @@ def source_after(value: Any) -> Literal["keep", "quit"]:
     if value == "quit":
         return "quit"
     raise BadValue('must be "keep" or "quit"')
+
+
+def tls_policy(value: Any) -> TlsPolicy:
+    """Whether there is TLS."""
+    for known in TLS_POLICIES:
+        if value == known:
+            return known
+    raise BadValue('must be "off", "prefer" or "require"')
+
+
+def allow(value: Any) -> Allow:
+    """Which peers may send guests here: a list, or a table with lists of guests."""
+    peers: Any
+    if isinstance(value, dict):
+        peers = {}
+        for peer, guests in value.items():
+            try:
+                peers[peer] = texts(guests)
+            except BadValue as error:
+                raise BadValue(f'"{peer}" {error}') from None
+    elif isinstance(value, list):
+        peers = names(value)
+    else:
+        raise BadValue(
+            f"must be a list of names of peers, or a table from them to lists of guests, not "
+            f"{kind(value)}"
+        )
+    try:
+        return Allow.of(peers)
+    except ValueError as error:
+        raise BadValue(f"cannot be used: {error}") from None
 
 
 def guest_name(name: Any) -> str:
