@@ -117,7 +117,7 @@ class BadTests(FilesCase):
         for part, key in (("certificate", "certificate"), ("key", "key"), ("authority", "ca")):
             self.refused(
                 replace(self.files, **{part: nowhere}),
-                f"^There is no file /nowhere/x.pem, which '{key}' in .tls. names; 'qmigctl pki",
+                rf"^There is no file /nowhere/x.pem \('{key}' in .tls.\); 'qmigctl pki' makes",
             )
 
     def test_unreadable(self) -> None:
@@ -150,7 +150,8 @@ class BadTests(FilesCase):
         key = private_pem(ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"x"))
         path = write(self.directory / "encrypted", key)
         self.refused(
-            replace(self.files, key=path), f"^The key {path} is encrypted, .*'openssl pkey'"
+            replace(self.files, key=path),
+            rf"^The key {path} \('key' in .tls.\) is encrypted, .*'openssl pkey'",
         )
 
     def test_mode(self) -> None:
@@ -265,8 +266,7 @@ class ContextTests(FilesCase):
         for end, name in ((client, "hostb.example"), (server, "hosta.example")):
             self.assertEqual("TLSv1.3", end.connection.get_protocol_version_name())
             self.assertIn(name, peer_names(peer_certificate(end.connection)))
-            if hasattr(SSL.Context, "set_tls13_ciphersuites"):
-                self.assertEqual("TLS_AES_128_GCM_SHA256", end.connection.get_cipher_name())
+            self.assertEqual("TLS_AES_128_GCM_SHA256", end.connection.get_cipher_name())
         self.assertEqual([], self.refusals)
 
     def test_nobody_yet(self) -> None:
@@ -277,8 +277,6 @@ class ContextTests(FilesCase):
 
     def test_other_ciphers(self) -> None:
         """A peer that has only one of the three suites gets that one."""
-        if not hasattr(SSL.Context, "set_tls13_ciphersuites"):
-            self.skipTest("this pyOpenSSL cannot choose the suites of TLS 1.3")
         for suite in ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"):
             theirs = bare_context(server=False, files=self.files)
             theirs.set_tls13_ciphersuites(suite.encode())

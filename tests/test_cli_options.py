@@ -6,7 +6,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.api import COMMANDS
 from qmigd.cli.commands import RUN
-from qmigd.cli.options import EXIT_CODES, SUBCOMMANDS, Exit, UsageError, make_parser
+from qmigd.cli.options import EXIT_CODES, LOCAL, SUBCOMMANDS, Exit, UsageError, make_parser
 
 
 class UsageTests(SynchronousTestCase):
@@ -26,6 +26,10 @@ class UsageTests(SynchronousTestCase):
             ),
             ("set g x", "Argument NAME=VALUE: 'x' is not NAME=VALUE. See 'qmigctl help set'."),
             (
+                "pki inti",
+                "There is no command 'inti'; did you mean 'init'? See 'qmigctl help pki'.",
+            ),
+            (
                 "migrate g u --tunable =1",
                 "Argument --tunable: '=1' is not NAME=VALUE. See 'qmigctl help migrate'.",
             ),
@@ -43,7 +47,7 @@ class HelpTests(SynchronousTestCase):
         """The help names each command, and each exit code with its meaning."""
         parser, _ = make_parser()
         text = parser.format_help()
-        for name in SUBCOMMANDS:
+        for name in (*SUBCOMMANDS, *LOCAL):
             self.assertRegex(text, rf"(?m)^    {name}\b")
         self.assertEqual(set(Exit), set(EXIT_CODES))
         for number, meaning in EXIT_CODES.items():
@@ -52,7 +56,7 @@ class HelpTests(SynchronousTestCase):
     def test_commands(self) -> None:
         """The help of a command is its declaration's, in the words of qmigctl."""
         _, parsers = make_parser()
-        self.assertEqual(set(SUBCOMMANDS), set(parsers))
+        self.assertEqual({*SUBCOMMANDS, *LOCAL}, set(parsers))
         for name, (command, _) in SUBCOMMANDS.items():
             text = parsers[name].format_help()
             first = COMMANDS[command].help.split("\n")[0].removeprefix("Return ")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from qmigd.cli.options import SUBCOMMANDS
+from qmigd.cli.options import LOCAL, SUBCOMMANDS
 from qmigd.daemon.config import parse
 from tests.rig.case import RigCase
 from tests.rig.daemons import free_ports
@@ -70,7 +70,7 @@ class BuildTests(SynchronousTestCase):
         for page in _PAGES:
             text = page.read_text()
             for command in re.findall(r"(?:^|`|'|\$ )qmigctl ([a-z][a-z-]*)", text, re.MULTILINE):
-                self.assertIn(command, SUBCOMMANDS, page.name)
+                self.assertIn(command, {*SUBCOMMANDS, *LOCAL}, page.name)
 
     def test_configurations(self) -> None:
         """Every configuration that is shown as an example is a good one."""

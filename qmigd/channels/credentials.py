@@ -14,7 +14,6 @@ whether it is the one that was asked for, is the business of
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -23,19 +22,14 @@ from typing import Any
 
 import OpenSSL
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-)
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL, crypto
 
 from qmigd.errors import ConfigError, LocalError
 
 from .identity import peer_names
+from .pem import public_key, read_certificates, read_private_key
 from .tls_reasons import alert_text, moment, refusal, subject
 
 __all__ = ["WARN_BEFORE", "Credentials", "peer_certificate"]
@@ -46,9 +40,6 @@ WARN_BEFORE = timedelta(days=30)
 #: AES first, which nearly every hypervisor's CPU has instructions for; 128 bits of it
 #: before 256, which protect no better here and cost a fifth more.
 _CIPHERS = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
-
-#: Of a mode: rights of the group and of others.
-_OTHERS = 0o077
 
 #: Since 24.3 pyOpenSSL takes cryptography's objects, and warns of its own.
 _TAKES_CRYPTOGRAPHY = tuple(map(int, OpenSSL.__version__.split(".")[:2])) >= (24, 3)
@@ -82,10 +73,10 @@ class Credentials:
         :param authority: PEM, the CAs that are trusted.
         :raises ConfigError: something is wrong with one of them.
         """
-        presented = _certificates(certificate, "certificate")
+        presented = read_certificates(certificate, "'certificate' in [tls]")
         own = presented[0]
-        private = _private_key(key)
-        if _public(private) != _public(own):
+        private = read_private_key(key, "'key' in [tls]")
+        if public_key(private) != public_key(own):
             raise ConfigError(
                 f"The key {key} is not the one of the certificate {certificate}; 'certificate' "
                 f"and 'key' in [tls] have to be made together."
@@ -231,60 +222,6 @@ def _native(thing: Any) -> Any:
     return crypto.PKey.from_cryptography_key(thing)
 
 
-def _read(path: Path, key: str, *, private: bool = False) -> bytes:
-    """Return what is in a file that ``key`` in ``[tls]`` names."""
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if private and mode & _OTHERS:
-                raise ConfigError(
-                    f"The key {path} ('{key}' in [tls]) can be read or written by others than its "
-                    f"owner (mode {mode & 0o777:04o}); say 'chmod 600 {path}'."
-                )
-            return file.read()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"There is no file {path}, which '{key}' in [tls] names; 'qmigctl pki host' makes "
-            f"certificates."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path} ('{key}' in [tls]) cannot be read: {error.strerror}; qmigd's user has to be "
-            f"able to."
-        ) from None
-
-
-def _certificates(path: Path, key: str) -> list[x509.Certificate]:
-    try:
-        return x509.load_pem_x509_certificates(_read(path, key))
-    except (ValueError, x509.InvalidVersion):
-        raise ConfigError(
-            f"{path} ('{key}' in [tls]) has no certificate in PEM in it, or a damaged one: "
-            f"'-----BEGIN CERTIFICATE-----' and what follows is needed."
-        ) from None
-
-
-def _private_key(path: Path) -> Any:
-    data = _read(path, "key", private=True)
-    try:
-        return load_pem_private_key(data, password=None)
-    except TypeError:
-        raise ConfigError(
-            f"The key {path} is encrypted, and nobody is there to type a password when the "
-            f"daemon starts; decrypt it with 'openssl pkey' and protect it by its mode, 600."
-        ) from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise ConfigError(
-            f"{path} ('key' in [tls]) has no private key in PEM in it, or a damaged one: "
-            f"'-----BEGIN PRIVATE KEY-----' and what follows is needed."
-        ) from None
-
-
-def _public(owner: Any) -> bytes:
-    """Return the public key of a private key or of a certificate."""
-    return bytes(owner.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
-
-
 def _check(own: x509.Certificate, path: Path) -> tuple[str, ...]:
     """Check what can be said of the certificate by itself; returns its names."""
     now = datetime.now(UTC)
@@ -332,7 +269,7 @@ def _extension(certificate: x509.Certificate, kind: Any) -> Any:
 
 
 def _authorities(path: Path) -> list[x509.Certificate]:
-    found = _certificates(path, "ca")
+    found = read_certificates(path, "'ca' in [tls]")
     for one in found:
         try:
             constraints = _extension(one, x509.BasicConstraints)

@@ -160,7 +160,7 @@ _FINDINGS = {
         "were changed on the way"
     ),
     "certificate verify failed": "the peer's certificate is refused",
-    "data length too long": "the peer sent a record that is too long: this is no longer TLS",
+    "data length too long": _NO_TLS,
     "decryption failed or bad record mac": (
         "a record arrived damaged, or was tampered with on the way"
     ),

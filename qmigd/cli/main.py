@@ -20,9 +20,9 @@ from twisted.internet.defer import CancelledError, Deferred
 from ..api import SOCKET_VARIABLE, default_socket, nearest
 from ..errors import DeadlineError, GuestError, GuestGone, QmigdError
 from ..qmp.client import QMPRefusal, connect
-from . import render
+from . import pki, render
 from .commands import RUN, Ending, Session, write
-from .options import Exit, UsageError, make_parser
+from .options import LOCAL, Exit, UsageError, make_parser
 
 __all__ = ["main"]
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         options = _parse(given)
+        if options.command in LOCAL:
+            sys.exit(_local(options))
         # Late, so that "--help" is quick.
         from twisted.internet import task
 
@@ -138,6 +140,20 @@ async def _run(reactor: Any, options: argparse.Namespace) -> Exit:
         client.close()
 
 
+def _local(options: argparse.Namespace) -> Exit:
+    """Carry out a subcommand that needs no daemon; returns the exit code."""
+    try:
+        return pki.run(options)
+    except QmigdError as error:
+        return _fail(Ending(Exit.REFUSED, error.code, error.text), options.json)
+    except Exception as error:
+        return _fail(_bug(error), options.json)
+
+
+def _bug(error: Exception) -> Ending:
+    return Ending(Exit.BUG, "internal", f"An error inside qmigctl, {type(error).__name__}: {error}")
+
+
 async def _session(reactor: Any, options: argparse.Namespace) -> NoReturn:
     """Run until the end or a signal."""
     work = Deferred.fromCoroutine(_run(reactor, options))
@@ -162,10 +178,7 @@ async def _session(reactor: Any, options: argparse.Namespace) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.UNKNOWN
     except Exception as error:
-        bug = Ending(
-            Exit.BUG, "internal", f"An error inside qmigctl, {type(error).__name__}: {error}"
-        )
-        code = _fail(bug, options.json)
+        code = _fail(_bug(error), options.json)
     raise SystemExit(int(code))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..api import COMMANDS, SOCKET_VARIABLE, nearest
 
-__all__ = ["EXIT_CODES", "SUBCOMMANDS", "Exit", "UsageError", "make_parser"]
+__all__ = ["EXIT_CODES", "LOCAL", "SUBCOMMANDS", "Exit", "UsageError", "make_parser"]
 
 
 class Exit(IntEnum):
@@ -51,9 +51,10 @@ class _Parser(argparse.ArgumentParser):
     """Raises what argparse would print and exit with."""
 
     def error(self, message: str) -> NoReturn:
-        wrong = re.search(r"invalid choice: '(.*?)' \(", message)
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if wrong:
-            message = f"there is no command '{wrong[1]}'{nearest(wrong[1], SUBCOMMANDS) or '.'}"
+            choices = re.findall(r"[\w-]+", wrong[2])
+            message = f"there is no command '{wrong[1]}'{nearest(wrong[1], choices) or '.'}"
         # argparse's messages begin in lower case and end without a full stop
         sentence = message[:1].upper() + message[1:]
         if not sentence.endswith((".", "?")):
@@ -187,6 +188,50 @@ SUBCOMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]]
 }
 
 
+def _pki(parser: argparse.ArgumentParser) -> None:
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    common.add_argument(
+        "--dir",
+        metavar="DIR",
+        help="where the CA is (default: /etc/qmigd/pki for root, else qmigd/pki in the user's "
+        "configuration directory)",
+    )
+    common.add_argument("--force", action="store_true", help="replace what is there already")
+    parser.set_defaults(dir=None, force=False)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", required=True, title="actions", parser_class=_Parser
+    )
+    for name, days, text in (
+        ("init", 3650, "Make a CA: once for all hosts"),
+        ("host", 730, "Make a host's certificate, signed by the CA"),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=f"{text}.", parents=[common], allow_abbrev=False
+        )
+        action.add_argument(
+            "--days", metavar="N", type=int, default=days, help=f"good for N days (default: {days})"
+        )
+        if name == "host":
+            action.add_argument(
+                "name",
+                metavar="NAME",
+                nargs="+",
+                help="a DNS name or an IP address by which other hosts reach this one",
+            )
+
+
+#: The subcommands that no daemon is needed for: what they do, and what adds their arguments.
+LOCAL: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "pki": (
+        "Make certificates for TLS between hosts.\n\nThe CA belongs on one machine, which need "
+        "be no hypervisor and need not run qmigd; its key never leaves it. A host gets its own "
+        "certificate and key, and the CA's certificate.",
+        _pki,
+    ),
+}
+
+
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """Return the parser, and those of the subcommands by their names.
 
@@ -213,17 +258,23 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
         dest="command", metavar="COMMAND", required=True, title="commands", parser_class=_Parser
     )
     parsers = {}
-    for name, (command, add_arguments) in SUBCOMMANDS.items():
-        text = _plain(COMMANDS[command].help)
+
+    def add(name: str, text: str, epilog: str | None, parents: list[_Parser]) -> None:
         parsers[name] = commands.add_parser(
             name,
             help=text.split("\n")[0].rstrip(".").replace("%", "%%"),
-            description=_wrapped(text + _MORE.get(name, "")),
-            epilog=_EPILOG,
+            description=_wrapped(text),
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[common],
+            parents=parents,
             allow_abbrev=False,
         )
+
+    for name, (command, add_arguments) in SUBCOMMANDS.items():
+        add(name, _plain(COMMANDS[command].help) + _MORE.get(name, ""), _EPILOG, [common])
+        add_arguments(parsers[name])
+    for name, (text, add_arguments) in LOCAL.items():
+        add(name, text, None, [])
         add_arguments(parsers[name])
     helper = commands.add_parser("help", help="Explain a command", allow_abbrev=False)
     helper.add_argument("topic", metavar="COMMAND", nargs="?", help="the command to explain")
