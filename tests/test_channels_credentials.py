@@ -247,7 +247,7 @@ class WarningTests(FilesCase):
             self.assertRegex(
                 said,
                 rf"^the certificate {self.files.certificate} {words} \d{{4}}-\d\d-\d\d at .* "
-                "'qmigctl pki host hosta.example 192.0.2.7'.*SIGHUP$",
+                "'qmigctl pki host --force hosta.example 192.0.2.7'.*SIGHUP$",
             )
 
     def test_authority(self) -> None:

@@ -97,6 +97,15 @@ class TableTests(SynchronousTestCase):
             "path  handover: one channel",
             text,
         )
+        self.assertEqual(
+            "FEATURE\n"
+            "multifd  offered  several channels\n"
+            "warning  the certificate ends in 12\n"
+            "         days",
+            render.features(
+                {"features": [feature], "warnings": ["the certificate ends in 12 days"]}, width=39
+            ),
+        )
 
     def test_tunables(self) -> None:
         """Tunables have type, value, the values of an enum, and warnings."""

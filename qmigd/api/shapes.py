@@ -140,6 +140,13 @@ FEATURES = Struct(
         Member("path", PATH, "The path that the stream would take.", optional=True),
         Member("path-reason", STR, "Why that one.", optional=True),
         Member("features", ListOf(FEATURE), "Every feature that this daemon has."),
+        Member(
+            "warnings",
+            ListOf(STR),
+            "What needs somebody's attention before it stops migrations: certificates that end "
+            "soon. Sentences for people.",
+            optional=True,
+        ),
     ),
 )
 

@@ -32,7 +32,7 @@ from .identity import peer_names
 from .pem import public_key, read_certificates, read_private_key
 from .tls_reasons import alert_text, moment, refusal, subject
 
-__all__ = ["WARN_BEFORE", "Credentials", "peer_certificate"]
+__all__ = ["WARN_BEFORE", "CredentialStore", "Credentials", "peer_certificate"]
 
 #: How long before the end of a certificate there are warnings.
 WARN_BEFORE = timedelta(days=30)
@@ -109,7 +109,7 @@ class Credentials:
             if number == 0:
                 said.append(
                     f"the certificate {self._path} {end}; make a new one with 'qmigctl pki host "
-                    f"{' '.join(self.names)}', put it there, and send the daemon SIGHUP"
+                    f"--force {' '.join(self.names)}', put it there, and send the daemon SIGHUP"
                 )
             else:
                 said.append(
@@ -187,6 +187,29 @@ class Credentials:
                 f"The certificate {self._path} cannot be used, as a handshake with itself "
                 f"shows: {reason}. 'qmigctl pki host' makes one that can."
             ) from None
+
+
+class CredentialStore:
+    """The credentials that new connections use; those that there are keep what they have.
+
+    :ivar current: the last that were good.
+    """
+
+    def __init__(self, certificate: Path, key: Path, authority: Path) -> None:
+        """Read them for the first time.
+
+        :raises ConfigError: they are not good.
+        """
+        self._files = certificate, key, authority
+        self.current = Credentials.load(*self._files)
+
+    def reload(self) -> Credentials:
+        """Read the files anew.
+
+        :raises ConfigError: they are not good; then :attr:`current` stays.
+        """
+        self.current = Credentials.load(*self._files)
+        return self.current
 
 
 def peer_certificate(connection: SSL.Connection) -> x509.Certificate:

@@ -152,6 +152,8 @@ def features(answer: _Json, width: int | None = None) -> str:
     if "path" in answer:
         path = f"{answer['path']}: {answer.get('path-reason', '')}".rstrip(": ")
         table += "\n" + "\n".join(_hanging("path  ", clean(path), 6, width))
+    for warning in answer.get("warnings", ()):
+        table += "\n" + "\n".join(_hanging("warning  ", clean(warning), 9, width))
     return table
 
 

@@ -8,6 +8,7 @@ a QEMU is started here and goes on by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -67,20 +68,24 @@ class Commands:
     async def query_features(
         self, guest: str | None = None, uri: str | None = None
     ) -> dict[str, Any]:
-        services = self._services
-        if guest is None:
-            if uri is not None:
-                raise ArgumentError("query-features: 'uri' goes with 'guest'")
-            return {"features": [self._host_feature(name) for name in services.features]}
-        if uri is None:
-            async with self._guests.borrowed(guest) as held:
-                examined = await held.examine()
-            facts, waits = examined.facts, examined.status == "inmigrate"
-            return {
-                "guest": guest,
-                "features": [self._guest_feature(name, facts, waits) for name in services.features],
-            }
-        return await self._pair_features(guest, uri)
+        if guest is not None and uri is not None:
+            answer = await self._pair_features(guest, uri)
+        elif guest is not None:
+            answer = await self._guest_features(guest)
+        elif uri is None:
+            answer = {"features": [self._host_feature(name) for name in self._services.features]}
+        else:
+            raise ArgumentError("query-features: 'uri' goes with 'guest'")
+        if warnings := self._warnings():
+            answer["warnings"] = warnings
+        return answer
+
+    def _warnings(self) -> list[str]:
+        credentials = self._services.credentials
+        if credentials is None:
+            return []
+        now = datetime.fromtimestamp(self._services.reactor.seconds(), UTC)
+        return credentials.current.warnings(now)
 
     def _host_feature(self, name: str) -> dict[str, Any]:
         feature = self._services.features[name]
@@ -89,6 +94,17 @@ class Commands:
         if name in self._services.policy.exclude:
             reason = "excluded by the policy"
         return _feature(name, feature.summary, reason)
+
+    async def _guest_features(self, guest: str) -> dict[str, Any]:
+        async with self._guests.borrowed(guest) as held:
+            examined = await held.examine()
+        facts, waits = examined.facts, examined.status == "inmigrate"
+        return {
+            "guest": guest,
+            "features": [
+                self._guest_feature(name, facts, waits) for name in self._services.features
+            ],
+        }
 
     def _guest_feature(self, name: str, facts: GuestFacts, waits: bool) -> dict[str, Any]:
         entry = self._host_feature(name)

@@ -10,6 +10,8 @@ import atexit
 import fcntl
 import os
 import shutil
+import signal
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +23,7 @@ from twisted.python import usage
 
 from .. import __version__
 from ..channels.attach import Attachments
+from ..channels.credentials import Credentials, CredentialStore
 from ..errors import ConfigError, QmigdError
 from ..features.registry import load_features
 from ..guests import quirks
@@ -69,12 +72,23 @@ def makeService(options: Options) -> IService:
                 f"{options['config']}: [policy] names {', '.join(unknown)}, but there is no "
                 f"feature and no path of that name; there are {', '.join(features)}"
             )
+        credentials = _credentials(config)
     except QmigdError as error:
         raise SystemExit(f"qmigd: {error.text}") from None
     # Late, so that twistd can install another one first.
     from twisted.internet import reactor
 
-    return QmigdService(reactor, config, features)
+    return QmigdService(reactor, config, features, credentials)
+
+
+def _credentials(config: Config) -> CredentialStore | None:
+    """Return what ``[tls]`` names, unless the policy does not want it.
+
+    :raises ConfigError: the files are not good.
+    """
+    if config.tls is None or config.tls_policy == "off":
+        return None
+    return CredentialStore(config.tls.certificate, config.tls.key, config.tls.authority)
 
 
 class QmigdService(Service):
@@ -82,7 +96,13 @@ class QmigdService(Service):
 
     name = "qmigd"
 
-    def __init__(self, reactor: Any, config: Config, features: dict[str, IFeature]) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        config: Config,
+        features: dict[str, IFeature],
+        credentials: CredentialStore | None,
+    ) -> None:
         self._reactor = reactor
         self._config = config
         daemon = config.daemon
@@ -118,6 +138,7 @@ class QmigdService(Service):
                 daemon.handshake_deadline, daemon.peer_deadline, daemon.guest_deadline
             ),
             source_after=config.source_after,
+            credentials=credentials,
         )
         self._monitor = Monitor(reactor, daemon.monitor, Commands(self._services, self._guests))
         self._ports: list[IListeningPort] = []
@@ -128,6 +149,10 @@ class QmigdService(Service):
         self._reactor.callWhenRunning(lambda: Deferred.fromCoroutine(self._start()))
 
     async def _start(self) -> None:
+        # Only now, when the reactor has taken the signals that it wants.
+        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reload))
+        if (credentials := self._services.credentials) is not None:
+            self._report(credentials.current)
         try:
             for left in self._services.run_dir.glob("relay-*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -150,6 +175,27 @@ class QmigdService(Service):
                 features=", ".join(self._services.features) or "none",
                 monitor=self._config.daemon.monitor,
             )
+
+    def _reload(self) -> None:
+        """Read the certificates anew: SIGHUP."""
+        credentials = self._services.credentials
+        if credentials is None:
+            log.info("SIGHUP: this daemon uses no certificates, so there is nothing to read anew")
+            return
+        try:
+            self._report(credentials.reload())
+        except ConfigError as error:
+            log.error("SIGHUP: the certificates stay as they were: {reason}", reason=error.text)
+
+    def _report(self, credentials: Credentials) -> None:
+        log.info(
+            "certificate for {names}, good until {expires}, SHA-256 {fingerprint}",
+            names=", ".join(credentials.names),
+            expires=credentials.expires.isoformat(),
+            fingerprint=credentials.fingerprint,
+        )
+        for sentence in credentials.warnings(datetime.fromtimestamp(self._reactor.seconds(), UTC)):
+            log.warn("{sentence}", sentence=sentence)
 
     def _give_up(self, reason: str) -> None:
         log.error("qmigd does not start: {reason}", reason=reason)

@@ -90,6 +90,7 @@ class Daemon:
         *,
         guests: Mapping[str, Mapping[str, Any]] | None = None,
         policy: Mapping[str, Any] | None = None,
+        tls: Mapping[str, Any] | None = None,
         namespace: Namespace | None = None,
         python: str = sys.executable,
         **daemon: Any,
@@ -98,6 +99,7 @@ class Daemon:
 
         :param guests: the tables ``[guest.NAME]``.
         :param policy: the table ``[policy]``.
+        :param tls: the table ``[tls]`` (see :meth:`tests.rig.certificates.Files.table`).
         :param namespace: where its network is, if not here; it listens on the address there.
         :param python: the interpreter of the environment that has qmigd.
         :param daemon: the table ``[daemon]``; ``_`` in a name stands for ``-``.
@@ -116,6 +118,8 @@ class Daemon:
         table.setdefault("monitor", f"unix:{self.monitor_path}")
         table.setdefault("state-dir", os.path.join(self.directory, "state"))
         self.config: dict[str, Any] = {"daemon": table}
+        if tls:
+            self.config["tls"] = dict(tls)
         if policy:
             self.config["policy"] = dict(policy)
         if guests:
