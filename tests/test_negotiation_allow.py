@@ -76,10 +76,10 @@ class PeerTests(SynchronousTestCase):
         self.assert_permitted("b.example", PeerNames(("a.example", "b.example")))
 
     def test_sentence(self) -> None:
-        """A refusal has the names in the certificate and where to look, but not the list."""
+        """A refusal has the names in the certificate and what is in the way, but not the list."""
         self.assertEqual(
-            "its certificate is for hostb.dc1.example, and 'allow' in this host's [tls] has "
-            "nothing for that",
+            "the source's certificate is for hostb.dc1.example, which the destination's "
+            "'allow' does not have",
             Allow.of(["hosta.example"]).permits_peer(HOSTB),
         )
 
@@ -166,7 +166,7 @@ class GuestTests(SynchronousTestCase):
     def test_sentence(self) -> None:
         """A refusal names the guest, the peer, and where to look."""
         self.assertEqual(
-            "'allow' in this host's [tls] does not let hosta.example send the guest 'db2'",
+            "the destination's 'allow' does not let hosta.example send the guest 'db2'",
             self.ALLOW.permits_guest(HOSTA, "db2"),
         )
 

@@ -89,13 +89,14 @@ class Allow:
     def permits_peer(self, names: PeerNames) -> str | None:
         """Return why that peer may not send anything here; ``None``: it may.
 
-        The reason does not have the list, since it is told to the peer.
+        The reason does not have the list, since the peer is told as well.
         """
         guests = self._guests(names)
         if guests is None or guests:
             return None
         return (
-            f"its certificate is for {names}, and 'allow' in this host's [tls] has nothing for that"
+            f"the source's certificate is for {names}, which the destination's 'allow' does not "
+            f"have"
         )
 
     def permits_guest(self, names: PeerNames, guest: str) -> str | None:
@@ -103,7 +104,7 @@ class Allow:
         patterns = self._guests(names)
         if patterns is None or any(_matches(pattern, guest) for pattern in patterns):
             return None
-        return f"'allow' in this host's [tls] does not let {names} send the guest {guest!r}"
+        return f"the destination's 'allow' does not let {names} send the guest {guest!r}"
 
     def _guests(self, names: PeerNames) -> list[str] | None:
         """Return the patterns of the guests that may come from there; ``None``: all may."""
