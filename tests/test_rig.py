@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.rig import qemus
+from tests.rig import debian, qemus
 from tests.rig.bootsector import PAGE, Inconsistent, Program, Window, check, image
 from tests.rig.case import RigCase
 from tests.rig.daemons import DaemonDied, free_ports, to_toml
@@ -227,12 +227,14 @@ class KeeperTests(SynchronousTestCase):
         self.assertFalse(os.path.exists(directory))
 
 
-class QemusTests(SynchronousTestCase):
+class DebianTests(SynchronousTestCase):
     def test_outage(self) -> None:
         """When the package source does not answer, the reason says so."""
         scratch = Path(self.mktemp()).absolute()
         closed = f"http://127.0.0.1:{free_ports()[0]}/debian"
-        error = self.assertRaises(qemus.Unavailable, qemus.fetch, ("sid",), scratch, closed)
+        error = self.assertRaises(
+            debian.Unavailable, debian.fetch, ["busybox"], ["sid"], scratch, closed
+        )
         self.assertIn("the package source failed", str(error))
 
 

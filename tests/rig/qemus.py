@@ -1,37 +1,25 @@
 """Finds the QEMUs that moves are tried with: 7.2, 10.0 and 11.x.
 
-The system's own QEMU serves for its version.  Any other is fetched from the
-Debian archive that the host's apt is configured for, by a private apt whose
-lists, cache and package status are its own: since that status is empty, the
-closure includes the C library, and the unpacked tree runs by its own loader on
-any Linux host of the same architecture.  Nothing is installed on the host.
-
-A tree is kept in ``.cache/qemu`` in the repository, about 190 MB for each
-version; a lock file makes processes that want the same one wait for it.
+The system's own QEMU serves for its version.  Any other is fetched from Debian
+(see ``debian``) and kept in ``.cache/qemu`` in the repository, about 190 MB for
+each version.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import SkipTest
 
+from tests.rig.debian import CACHE, Unavailable, libraries, loader, tree
+
 __all__ = ["LABELS", "Qemu", "Unavailable", "available", "find", "require"]
 
-#: Where the trees are kept.
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "qemu"
-
-_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _PACKAGE = "qemu-system-x86"
 _PROGRAM = "qemu-system-x86_64"
 
@@ -48,10 +36,6 @@ class Qemu:
     label: str
     version: str
     argv: tuple[str, ...]
-
-
-class Unavailable(Exception):
-    """This QEMU cannot be had here and now; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +103,13 @@ def _find(label: str) -> Qemu | str:
         if version.startswith(source.prefix):
             return Qemu(label, version, (system,))
     try:
-        tree = _tree(label, source)
+        root = tree(CACHE / "qemu" / label, f"QEMU {label}", [_PACKAGE], source.suites)
     except Unavailable as error:
         return f"QEMU {label} is not here: {error}"
-    argv = _argv(tree)
+    argv = _argv(root)
     version = _version(argv)
     if not version:
-        return f"QEMU {label} is not here: the one in {tree} does not run."
+        return f"QEMU {label} is not here: the one in {root} does not run."
     if not version.startswith(source.prefix):
         return f"QEMU {label} is not here: {source.suites[-1]} has {version} by now."
     return Qemu(label, version, argv)
@@ -141,124 +125,20 @@ def _version(argv: tuple[str, ...]) -> str:
     return match[1] if match else ""
 
 
-def _argv(tree: Path) -> tuple[str, ...]:
+def _argv(root: Path) -> tuple[str, ...]:
     """Return the command line of a QEMU in an unpacked tree: its own loader and libraries."""
-    libraries = [tree / "usr/lib/x86_64-linux-gnu", tree / "lib/x86_64-linux-gnu"]
-    loader = next(
-        (path for folder in libraries if (path := folder / "ld-linux-x86-64.so.2").exists()),
-        libraries[0] / "ld-linux-x86-64.so.2",
-    )
     return (
         "/usr/bin/env",
-        f"QEMU_MODULE_DIR={libraries[0] / 'qemu'}",
-        str(loader),
-        "--library-path",
-        ":".join(map(str, libraries)),
+        f"QEMU_MODULE_DIR={libraries(root)[0] / 'qemu'}",
+        *loader(root),
         "--argv0",
         _PROGRAM,
-        str(tree / "usr/bin" / _PROGRAM),
+        str(root / "usr/bin" / _PROGRAM),
         "-L",
-        str(tree / "usr/share/qemu"),
+        str(root / "usr/share/qemu"),
         "-L",
-        str(tree / "usr/share/seabios"),
+        str(root / "usr/share/seabios"),
     )
-
-
-def _tree(label: str, source: _Source) -> Path:
-    """Return the unpacked tree of a version, fetching it if it is not in the cache."""
-    tree = CACHE / label
-    if tree.exists():
-        return tree
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with _locked(CACHE / f"{label}.lock"):
-        if not tree.exists():
-            print(f"Fetching QEMU {label} ...", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory(prefix=f"{label}-", dir=CACHE) as scratch:
-                fetch(source.suites, Path(scratch), archive())
-                (Path(scratch) / "root").rename(tree)
-    return tree
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def archive() -> str:
-    """Return the URI of the Debian archive that this host's apt is configured for.
-
-    :raises Unavailable: there is none, or the means to use it are missing.
-    """
-    for program in ("apt-get", "dpkg-deb"):
-        if shutil.which(program) is None:
-            raise Unavailable(f"this host has no {program} to fetch it with.")
-    if not _KEYRING.exists():
-        raise Unavailable(f"this host lacks {_KEYRING} (package debian-archive-keyring).")
-    listed = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    for uri in listed.stdout.split():
-        if uri.rstrip("/").endswith("/debian"):
-            return uri
-    raise Unavailable("no source of this host's apt is a Debian archive.")
-
-
-def fetch(suites: tuple[str, ...], scratch: Path, uri: str) -> None:
-    """Fetch QEMU with all that it needs, and unpack it into ``scratch/root``.
-
-    :param suites: Debian's suites, the last one preferred.
-    :param uri: the archive.
-    :raises Unavailable: the archive cannot be reached or does not have it.
-    """
-    for folder in ("root", "state", "lists/partial", "cache/archives/partial"):
-        (scratch / folder).mkdir(parents=True)
-    (scratch / "status").touch()
-    (scratch / "sources.list").write_text(
-        "".join(f"deb [arch=amd64 signed-by={_KEYRING}] {uri} {suite} main\n" for suite in suites)
-    )
-    options = {
-        "APT::Architecture": "amd64",
-        "APT::Sandbox::User": "",
-        "APT::Update::Error-Mode": "any",
-        "Acquire::Languages": "none",
-        "Acquire::Retries": "2",
-        "Acquire::http::Timeout": "20",
-        "Dir::Cache": scratch / "cache",
-        "Dir::Etc::Parts": "/dev/null",
-        "Dir::Etc::PreferencesParts": "/dev/null",
-        "Dir::Etc::SourceList": scratch / "sources.list",
-        "Dir::Etc::SourceParts": "/dev/null",
-        "Dir::State": scratch / "state",
-        "Dir::State::Lists": scratch / "lists",
-        "Dir::State::Status": scratch / "status",
-    }
-    apt = ["apt-get", "-qq", "-y"]
-    for name, value in options.items():
-        apt += ["-o", f"{name}={value}"]
-    _run([*apt, "update"])
-    _run(
-        [*apt, "--no-install-recommends", "--download-only", "-t", suites[-1]]
-        + ["install", _PACKAGE]
-    )
-    packages = sorted((scratch / "cache/archives").glob("*.deb"))
-    if not packages:
-        raise Unavailable(f"the package source has no {_PACKAGE} in {suites[-1]}.")
-    for package in packages:
-        _run(["dpkg-deb", "-x", str(package), str(scratch / "root")])
-
-
-def _run(argv: list[str]) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith(("E:", "dpkg"))]
-        raise Unavailable(
-            f"the package source failed: {' '.join(lines) or done.stderr.strip()[-300:]}"
-        )
 
 
 def _main() -> None:
