@@ -1,7 +1,8 @@
 # What there is to do with this tree; `make` alone explains it.
 #
 # Every target sets up what it needs, and does so only once: Python's packages in
-# .venv, other versions of QEMU in .cache.  Nothing else is touched but for the
+# .venv, other versions of QEMU and a kernel in .cache.  Nothing else is touched but
+# for the
 # system's own packages, where this user may install them.
 
 PYTHON ?= python3
@@ -11,11 +12,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 HOST := tests/rig/host.sh
 
-.PHONY: help setup qemus demo test lint bench docs clean
+.PHONY: help setup qemus kernel demo test test-kernel lint bench docs clean
 
 help:
 	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how"
 	@echo "make test   run all tests; TESTS=tests.test_rig for some of them"
+	@echo "make test-kernel  only those that boot a kernel with everything; KERNEL=bookworm-backports,"
+	@echo "            or any other suite of Debian's, chooses which (now: $(or $(KERNEL),bookworm))"
 	@echo "make lint   check style (ruff) and types (mypy)"
 	@echo "make bench  measure, and write one table"
 	@echo "make docs   build the documentation into build/docs"
@@ -28,8 +31,11 @@ demo: setup
 	@$(HOST) qemu-system-x86_64
 	@$(BIN)/python -m tests.demo
 
-test: setup qemus
+test: setup qemus kernel
 	@$(BIN)/trial --temp-directory=build/trial $(TESTS)
+
+test-kernel: setup qemus kernel
+	@$(BIN)/trial --temp-directory=build/trial tests.kernel
 
 lint: setup
 	@$(BIN)/ruff check --quiet .
@@ -57,6 +63,9 @@ setup: $(VENV)/.qmigd
 qemus: setup
 	@$(HOST) qemu-system-x86_64 ip
 	@$(BIN)/python -m tests.rig.qemus
+
+kernel: setup
+	@$(BIN)/python -m tests.rig.kernel
 
 $(VENV)/.python:
 	@$(HOST) --python $(PYTHON)
