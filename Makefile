@@ -2,8 +2,7 @@
 #
 # Every target sets up what it needs, and does so only once: Python's packages in
 # .venv, other versions of QEMU and a kernel in .cache.  Nothing else is touched but
-# for the
-# system's own packages, where this user may install them.
+# for the system's own packages, where this user may install them.
 
 PYTHON ?= python3
 TESTS ?= tests
