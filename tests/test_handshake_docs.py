@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 import qmigd.handshake
 import qmigd.wire
 from qmigd.wire import limits, messages
-from qmigd.wire.greeting import Greeting, Reply
+from qmigd.wire.greeting import BINDING_SIZE, Greeting, Reply, binding
 from qmigd.wire.messages import MessageType, body_limit
 from qmigd.wire.role import RoleHeader
 
@@ -32,6 +32,7 @@ EXAMPLES: list[Any] = [
     messages.Start(),
     messages.Attached(),
     messages.Heartbeat(),
+    messages.Binding(binding(Greeting((1,), ("tls", "multifd")), Reply(1, ("tls",)))),
     ROLE.prove(bytes(range(32))),
 ]
 
@@ -58,7 +59,7 @@ class ProtocolPage(SynchronousTestCase):
 
     def test_messages(self) -> None:
         """The table of messages has every type with its name and its limit."""
-        sizes = {0: "0", limits.MAX_BODY: "64 KiB", limits.MAX_GUEST: "1 MiB"}
+        sizes = {0: "0", limits.MAX_BODY: "64 KiB", limits.MAX_GUEST: "1 MiB", BINDING_SIZE: "32"}
         rows = re.findall(r"^\| (\d+) \| \[(\w+)\]\(#\w+\) \|.*\| ([^|]+) \|$", self.page, re.M)
         self.assertEqual(
             rows,

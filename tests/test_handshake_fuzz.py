@@ -211,7 +211,7 @@ class Pair(RuleBasedStateMachine):
         """An owner calls something that the state has a place for."""
         end = self.ends[side]
         calls = {
-            line.input.removeprefix("say_").removeprefix("bare_")
+            line.input.removeprefix("say_").removeprefix("bare_").removeprefix("tls_")
             for line in end.table.transitions
             if line.state == end.state and line.input.startswith("say_")
         }

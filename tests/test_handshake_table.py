@@ -30,18 +30,22 @@ from qmigd.handshake.events import (
     PrepareAsked,
     Prepared,
     Released,
+    Secured,
     Selected,
     Started,
     StatusSaid,
 )
 from qmigd.wire import messages
-from qmigd.wire.greeting import Greeting, Reply
+from qmigd.wire.greeting import Greeting, Reply, binding
 from qmigd.wire.messages import MessageType, read_message
 from qmigd.wire.reading import Decoder
 from qmigd.wire.role import RoleHeader
 from tests.test_wire_reading import admit_all
 
 SECRET = bytes(range(32))
+#: What both sides have seen before TLS, where there is TLS.
+TLS_REPLY = Reply(1, ("tls", "b"))
+BOUND = binding(Greeting((1,), ("tls", "b")), TLS_REPLY)
 ROLE = RoleHeader(uuid.UUID(int=7), "main", 0)
 
 #: What a peer may say, and what the owner is told if it is in order.
@@ -59,6 +63,7 @@ SAYINGS: dict[str, tuple[bytes, Event | None]] = {
     "RELEASE": (messages.Release({}).encode(), Released({})),
     "OUTCOME": (messages.Outcome({}).encode(), Outcome({})),
     "ASK": (messages.Ask({}).encode(), Asked({})),
+    "BINDING": (messages.Binding(BOUND).encode(), Secured()),
     "Greeting": (Greeting((1,), ("a", "b")).encode(), Greeted((1,), ("a", "b"))),
     "Reply": (Reply(1, ("a", "b")).encode(), Selected(1, ("a", "b"))),
     "role header": (ROLE.prove(SECRET).encode(), ChannelOpened(ROLE.prove(SECRET))),
@@ -84,6 +89,9 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "error": ("x", "y"),
 }
 
+#: What only the owner's TLS calls.
+MORE_CALLS: dict[str, tuple[Any, ...]] = {"secured": (), "reply_tls": (("tls", "b"),)}
+
 FEATURES = Reply(1, ("a", "b")).encode()
 BARE = Reply(1, ()).encode()
 
@@ -103,13 +111,29 @@ def channel(*steps: Any) -> ChannelHandshake:
     return walk(ChannelHandshake(ROLE, SECRET), *steps)
 
 
+def tls_destination(*steps: Any) -> DestinationHandshake:
+    """Make a destination that offers TLS and take it through sayings and calls."""
+    return walk(DestinationHandshake(("tls", "b")), *steps)
+
+
+def tls_source(*steps: Any) -> SourceHandshake:
+    """Make a source that was offered TLS and take it through sayings and calls."""
+    return walk(SourceHandshake(), Greeting((1,), ("tls", "b")).encode(), *steps)
+
+
+def tls_channel(*steps: Any) -> ChannelHandshake:
+    """Make the opener of a channel in TLS and take it through sayings of the peer."""
+    return walk(ChannelHandshake(ROLE, SECRET, tls=True), *steps)
+
+
 def walk(handshake: Any, *steps: Any) -> Any:
     """Bytes are from the peer; a text is a saying of the peer, or a call if it ends in ()."""
     for step in steps:
         if isinstance(step, bytes):
             handshake.receive(step)
         elif step.endswith("()"):
-            getattr(handshake, step[:-2])(*CALLS[step[:-2]])
+            name = step[:-2]
+            getattr(handshake, name.removesuffix("_tls"))(*{**CALLS, **MORE_CALLS}[name])
         elif step == "eof":
             handshake.eof()
         else:
@@ -289,6 +313,29 @@ CHANNEL: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
     "closed": (("eof",), {}, {}),
 }
 
+#: What differs where TLS is selected, or the channel is one in TLS.
+TLS_DESTINATION: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
+    "securing": ((TLS_REPLY.encode(),), {"BINDING": "replied", **GONE}, GIVE_UP),
+    "replied": (
+        (TLS_REPLY.encode(), "secured()", "BINDING"),
+        {"GUEST": "described", "FEATURE": "described", "PREPARE": "preparing", **GONE},
+        {"feature": None, **GIVE_UP},
+    ),
+}
+TLS_SOURCE: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
+    "securing": (("reply_tls()",), {}, GIVE_UP),
+    "binding": (("reply_tls()", "secured()"), {"BINDING": "replied", **GONE}, GIVE_UP),
+    "replied": (
+        ("reply_tls()", "secured()", "BINDING"),
+        {"FEATURE": None, **GONE},
+        {**CHOICE, **GIVE_UP},
+    ),
+}
+TLS_CHANNEL: dict[str, tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = {
+    "securing": (("Greeting",), {}, {}),
+    "asking": (("Greeting", "secured()"), {"ATTACHED": "attached", **GONE}, {}),
+}
+
 #: States in which bytes are not looked at: kept for the payload, or dropped.
 DEAF = {"attached", "streaming", "closed"}
 #: States in which the end of the connection is in order, or no news.
@@ -322,6 +369,9 @@ def states() -> Iterator[tuple[str, str, Make, dict[str, Any], dict[str, Any]]]:
         ("source", source, SOURCE),
         ("bare source", bare_source, BARE_SOURCE),
         ("channel", channel, CHANNEL),
+        ("TLS destination", tls_destination, TLS_DESTINATION),
+        ("TLS source", tls_source, TLS_SOURCE),
+        ("TLS channel", tls_channel, TLS_CHANNEL),
     )
     for role, make, listing in listings:
         for label, (path, sayings, calls) in listing.items():
@@ -340,9 +390,9 @@ class EveryPair(SynchronousTestCase):
     def test_states_are_all_there(self) -> None:
         """The listings reach each state of each machine."""
         for role, listings in (
-            (DestinationHandshake, (DESTINATION,)),
-            (SourceHandshake, (SOURCE, BARE_SOURCE)),
-            (ChannelHandshake, (CHANNEL,)),
+            (DestinationHandshake, (DESTINATION, TLS_DESTINATION)),
+            (SourceHandshake, (SOURCE, BARE_SOURCE, TLS_SOURCE)),
+            (ChannelHandshake, (CHANNEL, TLS_CHANNEL)),
         ):
             listed = {label.partition(",")[0] for listing in listings for label in listing}
             self.assertEqual(listed, set(role.table.expected))
@@ -372,6 +422,11 @@ class EveryPair(SynchronousTestCase):
     ) -> None:
         if saying == "START":
             self.assertEqual(told, [Started(handshake.state == "streaming")], label)
+        elif label.startswith("TLS destination securing") and saying == "BINDING":
+            # It has been the Reply that counts, from here on.
+            self.assertEqual(told, [Selected(1, TLS_REPLY.features)], label)
+            self.assertEqual(sent, messages.Binding(BOUND).encode(), label)
+            return
         elif "source cancelled" in label and saying != "ERROR":
             self.assertEqual(told, [], label)
         elif "channel" in label and saying == "Greeting":
@@ -399,7 +454,7 @@ class EveryPair(SynchronousTestCase):
             codes = SPECIAL.get(saying, {"unexpected-message"})
         self.assertIn(failed.code, codes, label)
         self.assertTrue(handshake.closed, label)
-        if "channel asking" in label:
+        if label.startswith(("channel asking", "TLS channel")):
             self.assertEqual(sent, b"", label)
         else:
             self.assertEqual(sent, messages.Error(failed.code, failed.text).encode(), label)
@@ -453,7 +508,8 @@ class EveryPair(SynchronousTestCase):
                 self.assertEqual((failed.code, failed.remote), ("peer-gone", False), label)
                 # The peer may have ended its own half only, and still read.
                 sent = handshake.data_to_send()
-                self.assertEqual(sent.startswith(b"\0\1"), "channel asking" not in label, label)
+                silent = label.startswith(("channel asking", "TLS channel"))
+                self.assertEqual(sent.startswith(b"\0\1"), not silent, label)
 
     def test_nothing_is_read_ahead(self) -> None:
         """In a state where payload or silence is due, not a byte is wanted; else one is."""

@@ -31,9 +31,13 @@ NAMES = {
     "got_greeting": "hears the Greeting",
     "got_reply": "hears the Reply",
     "got_role": "hears a role header",
+    "got_tls_greeting": "hears the Greeting, for a channel in TLS",
+    "got_tls_reply": "hears a Reply that selects TLS",
     "got_violation": "hears what it must not",
     "lost": "the connection ends",
     "say_reply": "says the Reply",
+    "say_role": "says the role header",
+    "say_tls_reply": "says a Reply that selects TLS",
 }
 NOTHING = "returns(None)"
 OUTPUTS = {

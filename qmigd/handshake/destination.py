@@ -9,7 +9,9 @@ connection is.
 for the secret is the owner's: it waits, reads nothing (``opened``), and goes on
 with the owner's ``attached()``; from there every byte is payload.
 
-*A Reply* makes it a control connection.  The source may describe its guest
+*A Reply* makes it a control connection.  One that selects TLS is the last thing in
+clear (``securing``); inside TLS the source says first what it has seen of the
+opening, and this side answers with the same.  The source may describe its guest
 (in one GUEST or in several), the two sides say one FEATURE for each selected feature, and
 PREPARE is answered by PREPARED.  Then comes START.  Where no feature was
 selected, START may come right after the Reply too, though not between PREPARE
@@ -24,7 +26,7 @@ cancelled after it.  The destination's OUTCOME is its last word; what the source
 said before it heard that is still taken (``finished``).
 
 A source that lost the connection after RELEASE connects again, and says ASK right
-after a Reply without features (``asked``); the OUTCOME answers it.
+after a Reply that selects TLS at the most (``asked``); the OUTCOME answers it.
 
 A CANCEL before START ends the handshake (``cancelled``); after START it is a
 request, and the machine stays where it is.
@@ -52,7 +54,7 @@ from qmigd.handshake.exchange import (
     tell_and_send,
 )
 from qmigd.wire import messages
-from qmigd.wire.greeting import VERSION, Greeting, Reply
+from qmigd.wire.greeting import TLS, VERSION, Greeting, Reply, binding
 from qmigd.wire.opening import read_opening
 from qmigd.wire.role import RoleHeader
 
@@ -61,6 +63,8 @@ __all__ = ["DestinationHandshake"]
 
 class _Inputs(Inputs, Protocol):
     def got_reply(self, event: Event) -> None: ...
+    def got_tls_reply(self, event: Event) -> None: ...
+    def got_binding(self, event: Event, data: bytes) -> None: ...
     def got_role(self, event: Event) -> None: ...
     def got_error(self, event: Event) -> None: ...
     def got_guest(self, event: Event) -> None: ...
@@ -88,6 +92,7 @@ _builder = TypeMachineBuilder(_Inputs, Core)
 _waiting = _builder.state("waiting")  # for a Reply or a role header
 _opened = _builder.state("opened")  # a payload channel, not yet accepted
 _attached = _builder.state("attached")  # a payload channel, the payload's
+_securing = _builder.state("securing")  # TLS is being set up; the source owes BINDING
 _replied = _builder.state("replied")
 _described = _builder.state("described")  # GUEST or FEATURE came: no ASK any more
 _preparing = _builder.state("preparing")  # this side owes PREPARED
@@ -102,6 +107,8 @@ _closed = _builder.state("closed")
 
 # What the first item decides.
 _waiting.upon(_I.got_reply).to(_replied)(tell)
+_waiting.upon(_I.got_tls_reply).to(_securing).returns(None)
+_securing.upon(_I.got_binding).to(_replied)(tell_and_send)
 _waiting.upon(_I.got_role).to(_opened)(tell)
 _opened.upon(_I.say_attached).to(_attached)(send)
 
@@ -152,7 +159,7 @@ _finished.upon(_I.got_release).loop()(tell)
 
 # The end, expected or not.
 for _state in (
-    *(_waiting, _replied, _described, _preparing, _prepared, _asked),
+    *(_waiting, _securing, _replied, _described, _preparing, _prepared, _asked),
     *(_started, _released),
 ):
     _state.upon(_I.got_error).to(_closed)(tell)
@@ -179,7 +186,7 @@ _finished.upon(_I.say_heartbeat).loop().returns(None)
 _closed.upon(_I.say_heartbeat).loop().returns(None)
 
 for _state in (
-    *(_waiting, _opened, _attached, _replied, _described, _preparing, _prepared),
+    *(_waiting, _opened, _attached, _securing, _replied, _described, _preparing, _prepared),
     *(_asked, _started, _released, _finished, _cancelled, _streaming, _closed),
 ):
     _state.upon(_I.where).loop().returns(_state.name)
@@ -198,7 +205,8 @@ class DestinationHandshake(Exchange):
     table = table_of(_Machine)
     payload_states = frozenset({"streaming", "attached"})
     silent_states = frozenset({"opened"})
-    early_states = frozenset({"replied", "described", "preparing", "prepared", "asked"})
+    early_states = frozenset({"securing", "replied", "described", "preparing", "prepared", "asked"})
+    upgrade_states = frozenset({"securing"})
     role = "destination"
 
     def __init__(self, offer: Sequence[str], versions: Sequence[int] = (VERSION,)) -> None:
@@ -207,10 +215,21 @@ class DestinationHandshake(Exchange):
         super().__init__(machine, core, read_opening(versions))
         self._inputs = machine
         self._offer = frozenset(offer)
+        self._greeting = Greeting(tuple(versions), tuple(offer))
+        self._reply = Reply(0, ())
+        self._in_tls = False
         self._selected: tuple[str, ...] = ()
         self._heard_of: set[str] = set()
         self._spoken_of: set[str] = set()
-        core.outgoing += Greeting(tuple(versions), tuple(offer)).encode()
+        core.outgoing += self._greeting.encode()
+
+    @property
+    def upgrade(self) -> bool:
+        return super().upgrade and not self._in_tls
+
+    def secured(self) -> None:
+        """TLS is there: after a Reply that selected it, or at once on a payload channel."""
+        self._in_tls = True
 
     def feature(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Say this side's parameters for a selected feature, once, before PREPARED.
@@ -264,8 +283,21 @@ class DestinationHandshake(Exchange):
                             f"The Reply selects {name!r}, which was not offered.",
                             code="not-offered",
                         )
-                self._selected = features
-                self._got(inputs.got_reply, "a Reply", events.Selected(version, features))
+                if self._in_tls:
+                    raise ProtocolError(
+                        "A Reply came in TLS. A control connection goes over to TLS after its "
+                        "Reply; only a payload channel begins with it.",
+                        code="unexpected-message",
+                    )
+                self._reply, self._selected = item, features
+                take = inputs.got_tls_reply if TLS in features else inputs.got_reply
+                self._got(take, "a Reply", events.Selected(version, features))
+            case messages.Binding(theirs):
+                ours = binding(self._greeting, self._reply)
+                self._check_binding(theirs, ours)
+                selected = events.Selected(self._reply.version, self._selected)
+                answer = messages.Binding(ours).encode()
+                self._got(lambda event: inputs.got_binding(event, answer), "BINDING", selected)
             case RoleHeader():
                 self._got(inputs.got_role, "a role header", events.ChannelOpened(item))
             case messages.Error(code, text):
@@ -277,9 +309,9 @@ class DestinationHandshake(Exchange):
                 self._got(inputs.got_feature, "FEATURE", events.FeatureSaid(name, body))
             case messages.Prepare(body):
                 self._got(inputs.got_prepare, "PREPARE", events.PrepareAsked(body))
-            case messages.Ask() if self._selected:
+            case messages.Ask() if set(self._selected) - {TLS}:
                 # A FEATURE of this side's could cross with it.
-                raise self._unexpected("ASK with selected features")
+                raise self._unexpected("ASK with features selected beside TLS")
             case messages.Ask(body):
                 self._got(inputs.got_bare_ask, "ASK", events.Asked(body))
             case messages.Start() if self._selected:

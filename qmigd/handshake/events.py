@@ -27,6 +27,7 @@ __all__ = [
     "PrepareAsked",
     "Prepared",
     "Released",
+    "Secured",
     "Selected",
     "Started",
     "StatusSaid",
@@ -61,6 +62,11 @@ class Greeted(Event):
 
     versions: tuple[int, ...]
     features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Secured(Event):
+    """On the source: TLS is there, and nobody has changed what was said before it."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ The rule for every pair of a state and an input that the table does not have:
 
 from __future__ import annotations
 
+import hmac
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -155,6 +156,8 @@ class Exchange(ABC):
     silent_states: ClassVar[frozenset[str]] = frozenset()
     #: States before START, in which the peer's bodies count for the limit.
     early_states: ClassVar[frozenset[str]] = frozenset()
+    #: States in which the connection goes over to TLS.
+    upgrade_states: ClassVar[frozenset[str]] = frozenset()
     #: This side, for the texts of errors.
     role: ClassVar[str]
 
@@ -189,6 +192,19 @@ class Exchange(ABC):
         if self.closed or self._state in self.payload_states | self.silent_states:
             return 0
         return self._decoder.wanted
+
+    @property
+    def upgrade(self) -> bool:
+        """Whether TLS begins with the next byte, in both directions, and has not yet.
+
+        What there is to send by then is still sent in clear.  Once TLS is there, the
+        owner calls :meth:`secured`, and this machine's bytes are those inside.
+        """
+        return self._state in self.upgrade_states
+
+    @abstractmethod
+    def secured(self) -> None:
+        """TLS is there: what comes in and goes out from now on is inside it."""
 
     @property
     def may_read(self) -> int:
@@ -232,11 +248,7 @@ class Exchange(ABC):
             if offset < len(data):
                 self._surplus(data[offset:])
         except ProtocolError as error:
-            self._machine.got_violation(
-                Failed(error.code, error.text, remote=False),
-                Error(error.code, error.text).encode(),
-            )
-            self._state = self._machine.where()
+            return self.refuse(error.code, error.text)
         return self._take_events()
 
     def eof(self) -> list[Event]:
@@ -246,7 +258,20 @@ class Exchange(ABC):
             f"The peer closed the connection{middle}; the {self.role}'s side of the "
             f'handshake was in the state "{self._state}".'
         )
-        self._machine.lost(Failed("peer-gone", text, False), Error("peer-gone", text).encode())
+        return self._lost(Failed("peer-gone", text, False), Error("peer-gone", text).encode())
+
+    def broken(self, code: str, text: str, remote: bool) -> list[Event]:
+        """The TLS that carried it failed; return what that means.  Nothing can be said."""
+        return self._lost(Failed(code, text, remote), b"")
+
+    def refuse(self, code: str, text: str) -> list[Event]:
+        """This side does not want this peer; return what that means."""
+        self._machine.got_violation(Failed(code, text, False), Error(code, text).encode())
+        self._state = self._machine.where()
+        return self._take_events()
+
+    def _lost(self, event: Event, data: bytes) -> list[Event]:
+        self._machine.lost(event, data)
         self._state = self._machine.where()
         return self._take_events()
 
@@ -278,6 +303,18 @@ class Exchange(ABC):
             ) from None
         finally:
             self._state = self._machine.where()
+
+    def _check_binding(self, theirs: bytes, ours: bytes) -> None:
+        """Compare what both sides have seen of the opening.
+
+        :raises ProtocolError: somebody in between has changed it.
+        """
+        if not hmac.compare_digest(theirs, ours):
+            raise ProtocolError(
+                "Greeting and Reply are not the same on both sides: somebody in between "
+                "changes what is said before TLS, to keep a feature from being used.",
+                code="opening-differs",
+            )
 
     def _check_feature(self, name: str, selected: Collection[str], said: Collection[str]) -> None:
         """Refuse a FEATURE of this side that the peer would refuse.

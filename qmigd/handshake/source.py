@@ -8,6 +8,10 @@ and first), says one FEATURE for each selected feature while the destination
 says one for each too, and asks the destination to prepare itself.  PREPARED
 makes ``start()`` possible.
 
+A Reply that selects TLS is the last thing in clear (``securing``).  Inside TLS this side
+says first what it has seen of the opening (``binding``), and goes on once the
+destination has said the same.
+
 Where no feature was selected, ``start()`` is possible right after the Reply as
 well, though not between PREPARE and PREPARED; and in any case the stream then
 follows on this very connection (``streaming``).  The machine has two inputs for
@@ -18,8 +22,8 @@ After START with features the connection goes on to serve control (``started``).
 after it.  The destination's OUTCOME ends the conversation (``finished``).
 
 A source that lost the connection after ``release()`` connects again and asks what
-became of the guest (``asking``), right after a Reply without features; an OUTCOME
-answers it.
+became of the guest (``asking``), right after a Reply that selects TLS at the most; an
+OUTCOME answers it.
 
 A ``cancel()`` before START ends the handshake (``cancelled``): what the
 destination said before it heard that is ignored, and both sides close.  After
@@ -48,13 +52,14 @@ from qmigd.handshake.exchange import (
     tell_and_send,
 )
 from qmigd.wire import messages
-from qmigd.wire.greeting import VERSION, Greeting, Reply, read_greeting
+from qmigd.wire.greeting import TLS, VERSION, Greeting, Reply, binding, read_greeting
 
 __all__ = ["SourceHandshake"]
 
 
 class _Inputs(Inputs, Protocol):
     def got_greeting(self, event: Event) -> None: ...
+    def got_binding(self, event: Event) -> None: ...
     def got_error(self, event: Event) -> None: ...
     def got_feature(self, event: Event) -> None: ...
     def got_prepared(self, event: Event) -> None: ...
@@ -62,6 +67,8 @@ class _Inputs(Inputs, Protocol):
     def got_status(self, event: Event) -> None: ...
     def got_outcome(self, event: Event) -> None: ...
     def say_reply(self, data: bytes) -> None: ...
+    def say_tls_reply(self, data: bytes) -> None: ...
+    def say_binding(self, data: bytes) -> None: ...
     def say_guest(self, data: bytes) -> None: ...
     def say_feature(self, data: bytes) -> None: ...
     def say_prepare(self, data: bytes) -> None: ...
@@ -80,6 +87,8 @@ _builder = TypeMachineBuilder(_Inputs, Core)
 
 _waiting = _builder.state("waiting")  # for the Greeting
 _greeted = _builder.state("greeted")  # this side owes the Reply
+_securing = _builder.state("securing")  # TLS is being set up
+_binding = _builder.state("binding")  # the destination owes BINDING
 _replied = _builder.state("replied")
 _described = _builder.state("described")  # GUEST or FEATURE is said: no ASK any more
 _preparing = _builder.state("preparing")  # the destination owes PREPARED
@@ -95,6 +104,9 @@ _closed = _builder.state("closed")
 # From the Greeting to START.
 _waiting.upon(_I.got_greeting).to(_greeted)(tell)
 _greeted.upon(_I.say_reply).to(_replied)(send)
+_greeted.upon(_I.say_tls_reply).to(_securing)(send)
+_securing.upon(_I.say_binding).to(_binding)(send)
+_binding.upon(_I.got_binding).to(_replied)(tell)
 
 _replied.upon(_I.say_guest).to(_described)(send)
 _replied.upon(_I.say_feature).to(_described)(send)
@@ -140,8 +152,8 @@ _released.upon(_I.say_status).loop()(send)
 
 # The end, expected or not.
 for _state in (
-    *(_waiting, _greeted, _replied, _described, _preparing, _prepared, _asking),
-    *(_started, _released),
+    *(_waiting, _greeted, _securing, _binding, _replied, _described, _preparing, _prepared),
+    *(_asking, _started, _released),
 ):
     _state.upon(_I.got_violation).to(_closed)(tell_and_send)
     _state.upon(_I.lost).to(_closed)(tell_and_send)
@@ -151,7 +163,7 @@ for _state in (_finished, _cancelled):
     _state.upon(_I.lost).to(_closed).returns(None)
     _state.upon(_I.say_error).to(_closed)(send)
 for _state in (
-    *(_greeted, _replied, _described, _preparing, _prepared, _asking),
+    *(_greeted, _binding, _replied, _described, _preparing, _prepared, _asking),
     *(_started, _released, _finished, _cancelled),
 ):
     _state.upon(_I.got_error).to(_closed)(tell)
@@ -164,8 +176,8 @@ _finished.upon(_I.say_heartbeat).loop().returns(None)
 _closed.upon(_I.say_heartbeat).loop().returns(None)
 
 for _state in (
-    *(_waiting, _greeted, _replied, _described, _preparing, _prepared, _asking),
-    *(_started, _released, _finished, _cancelled, _streaming, _closed),
+    *(_waiting, _greeted, _securing, _binding, _replied, _described, _preparing, _prepared),
+    *(_asking, _started, _released, _finished, _cancelled, _streaming, _closed),
 ):
     _state.upon(_I.where).loop().returns(_state.name)
 
@@ -181,7 +193,10 @@ class SourceHandshake(Exchange):
 
     table = table_of(_Machine)
     payload_states = frozenset({"streaming"})
-    early_states = frozenset({"greeted", "replied", "described", "preparing", "prepared", "asking"})
+    early_states = frozenset(
+        {"greeted", "binding", "replied", "described", "preparing", "prepared", "asking"}
+    )
+    upgrade_states = frozenset({"securing"})
     role = "source"
 
     def __init__(self, versions: Sequence[int] = (VERSION,)) -> None:
@@ -192,6 +207,8 @@ class SourceHandshake(Exchange):
         self._versions = frozenset(versions)
         self._version = 0
         self._offer: frozenset[str] = frozenset()
+        self._greeting = Greeting((), ())
+        self._binding = b""
         self._selected: tuple[str, ...] = ()
         self._heard_of: set[str] = set()
         self._spoken_of: set[str] = set()
@@ -199,17 +216,28 @@ class SourceHandshake(Exchange):
     def reply(self, features: Sequence[str]) -> None:
         """Answer the Greeting: select these features, or with none the baseline.
 
+        With TLS among them, nothing can be said before ``Secured`` has come.
+
         :raises LocalError: one was not offered, or stands there twice.
         """
-        data = Reply(self._version, tuple(features)).encode()
+        reply = Reply(self._version, tuple(features))
+        data = reply.encode()
         for name in features:
             if self.state == "greeted" and name not in self._offer:
                 raise LocalError(
                     f"{name!r} cannot be selected: the destination did not offer it.",
                     code="not-offered",
                 )
-        self._say(self._inputs.say_reply, "reply()", data)
+        if TLS in features:
+            self._say(self._inputs.say_tls_reply, "reply()", data)
+            self._binding = binding(self._greeting, reply)
+        else:
+            self._say(self._inputs.say_reply, "reply()", data)
         self._selected = tuple(features)
+
+    def secured(self) -> None:
+        """TLS is there: say what was seen of the opening."""
+        self._say(self._inputs.say_binding, "secured()", messages.Binding(self._binding).encode())
 
     def guest(self, description: Mapping[str, Any]) -> None:
         """Name or describe the guest; what is said later adds to what was said before."""
@@ -230,12 +258,12 @@ class SourceHandshake(Exchange):
         self._say(self._inputs.say_prepare, "prepare()", messages.Prepare(body).encode())
 
     def ask(self, body: Mapping[str, Any]) -> None:
-        """Ask what became of an earlier migration, right after a Reply without features."""
+        """Ask what became of an earlier migration, right after a Reply with TLS at the most."""
         data = messages.Ask(body).encode()
-        if self._selected:
+        if set(self._selected) - {TLS}:
             # A FEATURE of the destination's could cross with it.
             raise LocalError(
-                "ask() can be called only after a Reply that selects no feature.",
+                "ask() can be called only after a Reply that selects no feature beside TLS.",
                 code="handshake-misuse",
             )
         self._say(self._inputs.say_bare_ask, "ask()", data)
@@ -278,10 +306,14 @@ class SourceHandshake(Exchange):
             case Greeting(versions, features):
                 self._version = max(self._versions & set(versions))
                 self._offer = frozenset(features)
+                self._greeting = item
                 greeted = events.Greeted(versions, features)
                 self._got(inputs.got_greeting, "a Greeting", greeted)
             case messages.Error(code, text):
                 self._got(inputs.got_error, "ERROR", events.Failed(code, text, remote=True))
+            case messages.Binding(theirs):
+                self._check_binding(theirs, self._binding)
+                self._got(inputs.got_binding, "BINDING", events.Secured())
             case messages.Feature(name, body):
                 self._check_peer_feature(name, self._selected, self._heard_of)
                 self._got(inputs.got_feature, "FEATURE", events.FeatureSaid(name, body))

@@ -11,20 +11,25 @@ comes before the version is chosen; that of the Reply is, up to its version.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
 from qmigd.errors import LocalError, ProtocolError
 from qmigd.wire.limits import MAX_FEATURES, MAX_OPENING, MAX_VERSIONS
 from qmigd.wire.reading import Reading, encode_string, exactly, names
 
 __all__ = [
+    "BINDING_SIZE",
     "MAGIC",
     "STREAM_MAGIC",
+    "TLS",
     "VERSION",
     "Greeting",
     "Reply",
+    "binding",
     "check_version",
     "read_greeting",
     "read_reply_after_magic",
@@ -38,6 +43,13 @@ STREAM_MAGIC = b"QEVM"
 
 #: The version that this package speaks.
 VERSION = 1
+
+#: The one feature that changes the handshake itself: where the Reply selects it, all that
+#: follows the Reply goes in TLS.
+TLS: Final = "tls"
+
+#: Bytes of a binding: what SHA-256 gives.
+BINDING_SIZE: Final = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,14 @@ class Reply:
         :raises LocalError: a limit is exceeded, or a name is unfit or repeated.
         """
         return _with_features(MAGIC + bytes([self.version]), self.features, "a Reply")
+
+
+def binding(greeting: Greeting, reply: Reply) -> bytes:
+    """Return the hash over what was said in clear, before TLS (docs/protocol, BINDING).
+
+    An item has one wire form only, so that nobody has to keep the bytes that came.
+    """
+    return hashlib.sha256(greeting.encode() + reply.encode()).digest()
 
 
 def _with_features(head: bytes, features: tuple[str, ...], what: str) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 
 from qmigd.errors import LocalError, ProtocolError
 from qmigd.wire.bodies import decode_object, encode_object
-from qmigd.wire.greeting import STREAM_MAGIC
+from qmigd.wire.greeting import BINDING_SIZE, STREAM_MAGIC
 from qmigd.wire.limits import MAX_BODY, MAX_GUEST
 from qmigd.wire.reading import Reading, decode_string, encode_string, exactly
 
@@ -24,6 +24,7 @@ __all__ = [
     "HEADER_SIZE",
     "Ask",
     "Attached",
+    "Binding",
     "Cancel",
     "Error",
     "Feature",
@@ -62,6 +63,7 @@ class MessageType(IntEnum):
     RELEASE = 11
     OUTCOME = 12
     ASK = 13
+    BINDING = 14
 
 
 _EMPTY = frozenset({MessageType.START, MessageType.ATTACHED, MessageType.HEARTBEAT})
@@ -71,6 +73,8 @@ def body_limit(kind: MessageType) -> int:
     """Return how many bytes the body of a message may have."""
     if kind in _EMPTY:
         return 0
+    if kind is MessageType.BINDING:
+        return BINDING_SIZE
     return MAX_GUEST if kind is MessageType.GUEST else MAX_BODY
 
 
@@ -273,6 +277,21 @@ class Ask(_Json):
     KIND = MessageType.ASK
 
 
+@dataclass(frozen=True)
+class Binding(Message):
+    """The first message in TLS: the sender's hash over what was said before, in clear."""
+
+    KIND = MessageType.BINDING
+    hash: bytes
+
+    def encode_body(self) -> bytes:
+        return self.hash
+
+    @classmethod
+    def decode_body(cls, body: bytes) -> Message:
+        return cls(body)
+
+
 _CLASSES: Final[Mapping[MessageType, type[Message]]] = {
     made.KIND: made
     for made in (
@@ -289,6 +308,7 @@ _CLASSES: Final[Mapping[MessageType, type[Message]]] = {
         Release,
         Outcome,
         Ask,
+        Binding,
     )
 }
 
