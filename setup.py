@@ -66,9 +66,11 @@ setup(
     entry_points={
         "console_scripts": ["qmigctl = qmigd.cli.main:main"],
         "qmigd.features": [
+            "ktls = qmigd.features.ktls:feature",
             "multifd = qmigd.features.multifd:feature",
             "postcopy-ram = qmigd.features.postcopy:feature",
             "postcopy-preempt = qmigd.features.preempt:feature",
+            "tls = qmigd.features.tls:feature",
         ],
     },
 )

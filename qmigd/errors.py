@@ -29,6 +29,7 @@ __all__ = [
     "ProtocolError",
     "QmigdError",
     "RemoteError",
+    "TlsError",
 ]
 
 
@@ -62,6 +63,12 @@ class ProtocolError(LocalError):
     """The peer broke the protocol; ``code`` is the ERROR's code (docs/protocol)."""
 
     code = "protocol"
+
+
+class TlsError(LocalError):
+    """TLS with the peer failed, or its certificate is not the right one."""
+
+    code = "tls"
 
 
 class PeerGone(LocalError):

@@ -31,6 +31,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from zope.interface import Attribute, Interface, implementer
@@ -109,6 +110,10 @@ class Host:
 
     #: CPUs that this process may use.
     cpus: int
+    #: Whether it has certificates for TLS, and wants it.
+    tls: Answer = No("no certificates are configured ([tls] in the daemon's configuration)")
+    #: Whether its kernel takes over TLS connections.
+    kernel_tls: Answer = No("not looked for")
 
 
 @dataclass(frozen=True)
@@ -218,10 +223,19 @@ class IFeature(Interface):
     requires = Attribute("Features that it cannot do without, ``frozenset[str]``.")
     excludes = Attribute("Features that it cannot be combined with, ``frozenset[str]``.")
     paths = Attribute("The paths that can carry it, ``frozenset[str]`` out of ``PATHS``.")
+    paths_with = Attribute(
+        """Further paths that can carry it together with another feature, by that one's
+        name: ``Mapping[str, frozenset[str]]``.""",
+    )
+    avoids = Attribute(
+        """Paths out of ``paths`` that are taken only where no other one carries everything,
+        or where somebody asks for them: ``frozenset[str]``.""",
+    )
     rank = Attribute("What it gains, a :class:`Rank`.")
     abilities = Attribute(
-        """What the daemon's commands can do thanks to it, ``frozenset[str]``.  The one
-        ability that the daemon asks for is ``"postcopy"``.""",
+        """What the daemon can do thanks to it, ``frozenset[str]``.  It asks for two:
+        ``"postcopy"``, and ``"kernel-tls"``, where the host's kernel can take over the TLS
+        of a connection.""",
     )
     tunables = Attribute(
         """Parameters that both sides must set alike, ``frozenset[str]``: a user's
@@ -276,6 +290,8 @@ class Feature:
     requires: frozenset[str] = frozenset()
     excludes: frozenset[str] = frozenset()
     paths: frozenset[str] = frozenset(PATHS)
+    paths_with: Mapping[str, frozenset[str]] = MappingProxyType({})
+    avoids: frozenset[str] = frozenset()
     rank: Rank = Rank.SPEED
     abilities: frozenset[str] = frozenset()
     tunables: frozenset[str] = frozenset()

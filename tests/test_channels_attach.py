@@ -19,7 +19,8 @@ from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from qmigd.channels.attach import Attachments, Claim, open_channel
+from qmigd.channels.attach import Attachments, Claim, Line, open_channel
+from qmigd.channels.secured import Secured
 from qmigd.errors import DeadlineError, MigrationError, PeerGone, ProtocolError, RemoteError
 from qmigd.handshake.channel import ChannelHandshake
 from qmigd.handshake.destination import DestinationHandshake
@@ -33,7 +34,7 @@ ID = uuid.UUID(int=7)
 SECRET = b"s" * SECRET_SIZE
 
 
-def unwanted(name: str, index: int, sock: socket.socket) -> None:
+def unwanted(name: str, index: int, line: Line) -> None:
     """A channel that should not have been given."""
     raise AssertionError(name)
 
@@ -106,8 +107,8 @@ class ClaimTests(SynchronousTestCase):
         left, right = socket.socketpair()
         self.addCleanup(left.close)
         self.addCleanup(right.close)
-        self.claim("multifd", 1).deliver(left)
-        self.assertEqual(self.delivered, [("multifd", 1, left)])
+        self.claim("multifd", 1).deliver(Line(left))
+        self.assertEqual(self.delivered, [("multifd", 1, Line(left))])
 
     def assert_refused(self, role: RoleHeader, code: str) -> None:
         """It is refused with this code, and takes nothing from anybody."""
@@ -155,7 +156,7 @@ class ClaimTests(SynchronousTestCase):
         self.attachments.forget(ID)
         left, right = socket.socketpair()
         self.addCleanup(right.close)
-        claim.deliver(left)
+        claim.deliver(Line(left))
         self.assertEqual(self.delivered, [])
         self.assertEqual(right.recv(1), b"")
         self.assert_refused(RoleHeader(ID, "main", 0).prove(SECRET), "unknown-migration")
@@ -189,9 +190,9 @@ class OpenTests(TestCase):
         assert isinstance(address, IPv4Address)
         return TCP4ClientEndpoint(reactor, address.host, address.port)
 
-    def machine(self, channel: str = "main", secret: bytes = SECRET) -> ChannelHandshake:
+    def machine(self, channel: str = "main", secret: bytes = SECRET) -> Secured:
         """A channel's handshake."""
-        return ChannelHandshake(RoleHeader(ID, channel, 0), secret)
+        return Secured(ChannelHandshake(RoleHeader(ID, channel, 0), secret), None)
 
     async def say(self, data: bytes, close: bool = False) -> TCP4ClientEndpoint:
         """A port that says the same to everybody, without looking."""
@@ -213,7 +214,7 @@ class OpenTests(TestCase):
 
     async def open(self, endpoint: TCP4ClientEndpoint, **options: Any) -> socket.socket:
         """Open a channel; it is closed at the end."""
-        sock = await open_channel(Clock(), endpoint, self.machine(**options), 10)
+        sock = (await open_channel(Clock(), endpoint, self.machine(**options), 10)).sock
         self.addCleanup(sock.close)
         return sock
 
@@ -229,7 +230,7 @@ class OpenTests(TestCase):
         """Both sides get a socket, with every byte of the payload still in it."""
         delivered: Deferred[socket.socket] = Deferred()
         self.attachments.expect(
-            ID, SECRET, [("main", 0)], lambda name, index, sock: delivered.callback(sock)
+            ID, SECRET, [("main", 0)], lambda name, index, line: delivered.callback(line.sock)
         )
         endpoint = await self.listen(DestinationFactory(self.attachments))
         near = await self.open(endpoint)
@@ -258,7 +259,7 @@ class OpenTests(TestCase):
                     return header
 
             header = await deferToThread(serve)
-        sock = await opening
+        sock = (await opening).sock
         self.addCleanup(sock.close)
         self.assertEqual(header, RoleHeader(ID, "main", 0).prove(SECRET).encode())
         self.assertEqual(await deferToThread(sock.recv, 100), b"payload")
@@ -304,7 +305,7 @@ class OpenTests(TestCase):
         endpoint = await self.say(Greeting((1,), ()).encode())
         machine = self.machine()
         opening = open_channel(clock, endpoint, machine, 10)
-        await self.until(lambda: machine.state == "asking")
+        await self.until(lambda: machine.machine.state == "asking")
         clock.advance(9.9)
         self.assertNoResult(opening)
         clock.advance(0.1)

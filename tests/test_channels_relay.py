@@ -27,6 +27,7 @@ from qmigd.channels.relay import (
     RelayEvent,
     SourceRelay,
 )
+from qmigd.channels.secured import Secured
 from qmigd.errors import LocalError, PeerGone
 from qmigd.handshake.channel import ChannelHandshake
 from qmigd.interfaces import ICodec
@@ -373,15 +374,17 @@ class BothTests(RelayCase):
         attachments = Attachments()
         destination = DestinationRelay(reactor, self.run_dir, self.heard, codec)
         self.addCleanup(destination.stop)
-        attachments.expect(ID, SECRET, plan, destination.take)
+        attachments.expect(
+            ID, SECRET, plan, lambda name, index, line: destination.take(name, index, line.sock)
+        )
         tcp: Any = reactor
         port = tcp.listenTCP(0, DestinationFactory(attachments), interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
 
-        def open_it(name: str, index: int) -> Deferred[socket.socket]:
-            handshake = ChannelHandshake(RoleHeader(ID, name, index), SECRET)
-            return open_channel(Clock(), endpoint, handshake, 10)
+        async def open_it(name: str, index: int) -> socket.socket:
+            handshake = Secured(ChannelHandshake(RoleHeader(ID, name, index), SECRET), None)
+            return (await open_channel(Clock(), endpoint, handshake, 10)).sock
 
         source = SourceRelay(reactor, self.run_dir, plan, open_it, self.heard, codec)
         self.addCleanup(source.stop)

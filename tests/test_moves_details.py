@@ -8,6 +8,7 @@ from typing import Any
 from tests.rig.guest import Guest
 from tests.rig.pair import (
     FEATURES,
+    KNOWN,
     NAME,
     SLOW,
     Pair,
@@ -139,7 +140,7 @@ class PlanTests(PairCase):
         self.assertEqual(plan["path"], path)
         self.assertTrue(plan["path-reason"])
         left_out = {entry["name"]: entry["reason"] for entry in plan["left-out"]}
-        self.assertEqual({*left_out, *features}, {*FEATURES})
+        self.assertEqual({*left_out, *features}, KNOWN)
         if promised:
             self.assertEqual(promised["path"], path)
             self.assertEqual(promised["path-reason"], plan["path-reason"])
@@ -180,9 +181,11 @@ class PlanTests(PairCase):
         self.assertIn("machine types up to 7.2", left_out["postcopy-preempt"])
 
     def test_11_new_machine(self) -> None:
-        """With a machine type that is new enough nothing is left out."""
+        """With a machine type that is new enough all that needs no certificates is used."""
         pair = self.pair("11", machine=_NEW_MACHINE)
-        self.assertEqual(self.check(pair, {*FEATURES}, "direct"), {})
+        left_out = self.check(pair, {*FEATURES}, "direct")
+        self.assertEqual(left_out.keys(), KNOWN - {*FEATURES})
+        self.assertIn("no certificates", left_out["tls"])
 
     def test_11_everything_postcopy(self) -> None:
         """All features together carry a guest over by postcopy, through the relays too."""

@@ -7,10 +7,12 @@ QEMUs are set as they were before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from tests.rig.daemons import Daemon
 from tests.rig.guest import Guest
-from tests.rig.pair import NAME, Pair, PairCase, choice, same_ram, start
+from tests.rig.pair import KNOWN, NAME, Pair, PairCase, choice, same_ram, start
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 
 _EVERYTHING = ("precopy", "multifd", "postcopy", "preempt")
@@ -26,18 +28,27 @@ _FEATURES = {
 
 
 class JourneyCase(PairCase):
-    def journey(self, path: str, *ways: str, by: tuple[str, str], machine: str = "") -> None:
+    def journey(
+        self,
+        path: str | Mapping[str, str],
+        *ways: str,
+        by: tuple[str, str],
+        machine: str = "",
+        daemons: tuple[Daemon, Daemon] | None = None,
+    ) -> None:
         """Move a guest between two QEMUs and back, again and again.
 
+        :param path: the same for each way, or one for each.
         :param ways: one after the other; where the two QEMUs are of different versions,
             each of them there and back.
+        :param daemons: those that move it, not started yet.
         """
         options: dict[str, Any] = {"machine": machine} if machine else {}
         one, other = by
         legs = [(way, other if leg == 0 else one) for way in ways for leg in (0, 1)]
         if one == other:
             legs = legs[::2]
-        here, there = self.daemon("one qmigd"), self.daemon("other qmigd")
+        here, there = daemons or (self.daemon("one qmigd"), self.daemon("other qmigd"))
         guest = self.noisy_guest(one, "start", **options)
         start(here, there, guest)
         here.execute("guest-add", name=NAME, qmp=f"unix:{guest.qmp_path}")
@@ -48,7 +59,7 @@ class JourneyCase(PairCase):
             there.execute("guest-add", name=NAME, qmp=f"unix:{destination.qmp_path}")
             pair = Pair(here, there, source, destination)
             pair.remember()
-            self.leg(pair, path, way, passed)
+            self.leg(pair, path if isinstance(path, str) else path[way], way, passed)
             passed.append(destination)
             source.close()
             here.execute("guest-remove", name=NAME)
@@ -70,9 +81,7 @@ class JourneyCase(PairCase):
         for left_out in choice(path, way).get("exclude", ()):
             self.assertNotIn(left_out, plan["features"])
         told = {entry["name"]: entry["reason"] for entry in plan["left-out"]}
-        self.assertEqual(
-            {*told, *plan["features"]}, {"multifd", "postcopy-ram", "postcopy-preempt"}
-        )
+        self.assertEqual({*told, *plan["features"]}, KNOWN)
         self.assertTrue(all(told.values()), told)
         switched = way in ("postcopy", "preempt", "multifd-postcopy")
         self.assertEqual(entry["ram"]["postcopy-bytes"] > 0, switched, entry["ram"])

@@ -144,7 +144,7 @@ class InstallTests(SynchronousTestCase):
         )
         self.assertEqual(
             here.run(here.python, "-c", features).split(),
-            ["multifd", "postcopy-preempt", "postcopy-ram"],
+            ["ktls", "multifd", "postcopy-preempt", "postcopy-ram", "tls"],
         )
 
         here.pip("uninstall", "--yes", "qmigd")

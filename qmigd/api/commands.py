@@ -35,6 +35,14 @@ _TUNABLES = (
     'QEMU declares for that name, so `"4"` does where `4` would.'
 )
 
+_TLS_HOSTNAME = Member(
+    "tls-hostname",
+    STR,
+    "the name or address that the peer's certificate has to be for, if it is not the one in "
+    "`uri`: behind a forwarded port, or on a unix socket.",
+    optional=True,
+)
+
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         declared.name: declared
@@ -107,6 +115,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                         "where the peer's qmigd listens, `tcp:host:port`; needs `guest`.",
                         optional=True,
                     ),
+                    _TLS_HOSTNAME,
                 ),
                 FEATURES,
                 (_NO_GUEST, _BUSY, _GONE, _NO_PEER, _SLOW),
@@ -148,6 +157,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                         optional=True,
                     ),
                     Member("exclude", ListOf(STR), "not to be used.", optional=True),
+                    _TLS_HOSTNAME,
                 ),
                 MIGRATE,
                 (

@@ -6,7 +6,9 @@
     open_channel() ----- TCP connection ----------> (greets)
                    ----- role header -------------> Attachments.claim()
                    <---- ATTACHED ----------------- Claim.hand_over()
-    a socket                                        on_channel(name, index, a socket)
+    a Line                                          on_channel(name, index, a Line)
+
+In a migration in TLS that begins right behind the greeting, and the rest is inside.
 
 Until ATTACHED both ends of the connection are in the hands of a reactor; then both leave
 it, with not one byte of payload read: the source sends none before ATTACHED, and the
@@ -28,6 +30,8 @@ from twisted.internet.protocol import Factory
 from twisted.internet.protocol import Protocol as Connection
 from twisted.python.failure import Failure
 
+from qmigd.channels.secured import Secured
+from qmigd.channels.tls import TlsSession
 from qmigd.errors import (
     DeadlineError,
     MigrationError,
@@ -36,29 +40,24 @@ from qmigd.errors import (
     QmigdError,
     RemoteError,
 )
+from qmigd.negotiation.allow import PeerNames
 from qmigd.transports.sockets import detach, drained, limit_reads, tune_stream
 from qmigd.wire.role import RoleHeader
 
-__all__ = ["Attachments", "Claim", "Opening", "open_channel"]
+__all__ = ["Attachments", "Claim", "Line", "open_channel"]
 
 
-class Opening(Protocol):
-    """The handshake of a channel, as :func:`open_channel` sees it.
+@dataclass(frozen=True)
+class Line:
+    """A connection to the peer that carries a payload channel.
 
-    What it is given is a :class:`qmigd.handshake.channel.ChannelHandshake`.
+    :ivar sock: blocking; not a byte of payload has been read from it.
+    :ivar session: the TLS that was begun on it, or ``None``: it is in clear, or the kernel
+        has the TLS.
     """
 
-    @property
-    def wanted(self) -> int: ...
-
-    @property
-    def closed(self) -> bool: ...
-
-    def data_to_send(self) -> bytes: ...
-
-    def receive(self, data: bytes) -> Sequence[object]: ...
-
-    def eof(self) -> Sequence[object]: ...
+    sock: socket.socket
+    session: TlsSession | None = None
 
 
 class _Failed(Protocol):
@@ -73,16 +72,17 @@ class _Failed(Protocol):
 
 
 def open_channel(
-    clock: IReactorTime, endpoint: IStreamClientEndpoint, machine: Opening, deadline: float
-) -> Deferred[socket.socket]:
+    clock: IReactorTime, endpoint: IStreamClientEndpoint, machine: Secured, deadline: float
+) -> Deferred[Line]:
     """Open a payload channel to the peer.
 
     Cancelling closes the connection.
 
     :param endpoint: connects to the peer's port.
-    :param machine: knows which channel it is, and proves it.
+    :param machine: a :class:`qmigd.handshake.channel.ChannelHandshake` in there knows
+        which channel it is, and proves it.
     :param deadline: in seconds, for the connection and for ATTACHED together.
-    :return: the socket, blocking, of which not a byte of payload has been read.  Fails
+    :return: fails
         with :class:`~qmigd.errors.PeerGone`, :class:`~qmigd.errors.RemoteError`,
         :class:`~qmigd.errors.ProtocolError` or :class:`~qmigd.errors.DeadlineError`.
     """
@@ -96,7 +96,7 @@ def open_channel(
     return opening.addTimeout(deadline, clock, onTimeoutCancel=too_late)
 
 
-async def _open(endpoint: IStreamClientEndpoint, machine: Opening) -> socket.socket:
+async def _open(endpoint: IStreamClientEndpoint, machine: Secured) -> Line:
     opener = _Opener(machine)
     try:
         await endpoint.connect(Factory.forProtocol(lambda: opener))
@@ -104,7 +104,7 @@ async def _open(endpoint: IStreamClientEndpoint, machine: Opening) -> socket.soc
         raise PeerGone(f"The peer cannot be reached for a payload channel: {error}") from None
     sock = await opener.opened
     tune_stream(sock)
-    return sock
+    return Line(sock, machine.session)
 
 
 class _Opener(Connection):
@@ -113,7 +113,7 @@ class _Opener(Connection):
     :ivar opened: the socket, once it is one.
     """
 
-    def __init__(self, machine: Opening) -> None:
+    def __init__(self, machine: Secured) -> None:
         self.opened: Deferred[socket.socket] = Deferred(lambda _: self._abandon())
         self._machine = machine
         self._done = False
@@ -166,8 +166,9 @@ def _error(failed: _Failed) -> QmigdError:
 @dataclass
 class _Expected:
     secret: bytes = field(repr=False)
+    peer: PeerNames | None
     channels: frozenset[tuple[str, int]]
-    on_channel: Callable[[str, int, socket.socket], None]
+    on_channel: Callable[[str, int, Line], None]
     taken: set[tuple[str, int]] = field(default_factory=set)
 
 
@@ -182,31 +183,34 @@ class Attachments:
         migration: uuid.UUID,
         secret: bytes,
         channels: Collection[tuple[str, int]],
-        on_channel: Callable[[str, int, socket.socket], None],
+        on_channel: Callable[[str, int, Line], None],
+        peer: PeerNames | None = None,
     ) -> None:
         """Let a migration have its channels.
 
         :param secret: what the source has to prove that it knows.
         :param channels: name and index of each, to come in any order, each once.
-        :param on_channel: gets name, index and the socket, blocking, which then is its.
+        :param on_channel: gets name, index and the connection, which then is its.
+        :param peer: whose certificate a channel has to come with; ``None``: in clear.
         :raises MigrationError: a migration of this id expects channels already.
         """
         if migration in self._expected:
             raise MigrationError(
                 f"A migration with the id {migration} is under way already; begin a new one."
             )
-        self._expected[migration] = _Expected(secret, frozenset(channels), on_channel)
+        self._expected[migration] = _Expected(secret, peer, frozenset(channels), on_channel)
 
     def forget(self, migration: uuid.UUID) -> None:
         """Take no more channels for a migration; harmless when it expects none."""
         self._expected.pop(migration, None)
 
-    def claim(self, role: RoleHeader) -> Claim:
+    def claim(self, role: RoleHeader, peer: PeerNames | None = None) -> Claim:
         """Take the channel that a connection asks for.
 
-        :raises ProtocolError: ``unknown-migration``, ``bad-proof``, ``unknown-channel``
-            or ``channel-taken``, looked at in that order: who cannot prove the secret
-            learns nothing about the channels.
+        :param peer: whose certificate the connection came with; ``None``: in clear.
+        :raises ProtocolError: ``unknown-migration``, ``bad-proof``, ``not-secured``,
+            ``unknown-channel`` or ``channel-taken``, looked at in that order: who cannot
+            prove the secret learns nothing about the channels.
         """
         expected = self._expected.get(role.migration)
         if expected is None:
@@ -217,6 +221,12 @@ class Attachments:
             raise ProtocolError(
                 f"The role header does not prove the secret of migration {role.migration}.",
                 code="bad-proof",
+            )
+        if peer != expected.peer:
+            raise ProtocolError(
+                f"The channels of migration {role.migration} have to come as its control "
+                f"connection did: {_how(expected.peer)}. This one came {_how(peer)}.",
+                code="not-secured",
             )
         channel = (role.channel, role.index)
         if channel not in expected.channels:
@@ -234,6 +244,10 @@ class Attachments:
 
     def _is_expected(self, migration: uuid.UUID, expected: _Expected) -> bool:
         return self._expected.get(migration) is expected
+
+
+def _how(peer: PeerNames | None) -> str:
+    return f"in TLS, with the certificate of {peer}" if peer is not None else "without TLS"
 
 
 class Claim:
@@ -254,13 +268,16 @@ class Claim:
         self._expected = expected
         self._channel = channel
 
-    def hand_over(self, transport: Any, attached: bytes) -> Deferred[None]:
-        """Say ATTACHED on a connection, and deliver its socket.
+    def hand_over(
+        self, transport: Any, attached: bytes, session: TlsSession | None = None
+    ) -> Deferred[None]:
+        """Say ATTACHED on a connection, and deliver it.
 
         The connection's protocol gets its ``connectionLost`` on the way.
 
         :param transport: of the connection.
         :param attached: what is still to be sent on it, ATTACHED at its end.
+        :param session: the TLS on the connection.
         :return: fails with :class:`~qmigd.errors.PeerGone` if the connection is lost
             before it has taken all that; the channel can be claimed again then.
         """
@@ -268,16 +285,16 @@ class Claim:
         limit_reads(transport, 0)
         transport.write(attached)
         done = drained(transport)
-        done.addCallbacks(lambda _: self.deliver(detach(transport)), self._lost)
+        done.addCallbacks(lambda _: self.deliver(Line(detach(transport), session)), self._lost)
         return done
 
-    def deliver(self, sock: socket.socket) -> None:
-        """Give the socket to the migration, or close it if that was forgotten meanwhile."""
+    def deliver(self, line: Line) -> None:
+        """Give the connection to the migration, or close it if that was forgotten meanwhile."""
         if self._attachments._is_expected(self._migration, self._expected):
-            tune_stream(sock)
-            self._expected.on_channel(*self._channel, sock)
+            tune_stream(line.sock)
+            self._expected.on_channel(*self._channel, line)
         else:
-            sock.close()
+            line.sock.close()
 
     def give_up(self) -> None:
         """The connection was lost: the channel can be claimed again."""

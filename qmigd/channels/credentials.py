@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL, crypto
 
-from qmigd.errors import ConfigError, LocalError
+from qmigd.errors import ConfigError, TlsError
 
 from .identity import peer_names
 from .pem import public_key, read_certificates, read_private_key
@@ -215,11 +215,11 @@ class CredentialStore:
 def peer_certificate(connection: SSL.Connection) -> x509.Certificate:
     """Return the certificate that the peer has shown, once the handshake is through.
 
-    :raises LocalError: there is none (code ``tls``).
+    :raises TlsError: there is none.
     """
     found = connection.get_peer_certificate()
     if found is None:
-        raise LocalError("the peer has not presented a certificate yet", code="tls")
+        raise TlsError("the peer has not presented a certificate yet")
     return found.to_cryptography()
 
 
@@ -262,7 +262,7 @@ def _check(own: x509.Certificate, path: Path) -> tuple[str, ...]:
         names = tuple(peer_names(own))
         purposes = _extension(own, x509.ExtendedKeyUsage)
         usage = _extension(own, x509.KeyUsage)
-    except (LocalError, ValueError, x509.DuplicateExtension):
+    except (TlsError, ValueError, x509.DuplicateExtension):
         raise ConfigError(f"The certificate {path} has broken extensions; {again}.") from None
     if not names:
         raise ConfigError(

@@ -27,7 +27,7 @@ from service_identity.hazmat import (
     verify_service_identity,
 )
 
-from qmigd.errors import LocalError
+from qmigd.errors import TlsError
 from qmigd.negotiation.allow import PeerNames
 
 __all__ = ["check_host", "peer_names"]
@@ -38,7 +38,7 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 def peer_names(certificate: x509.Certificate) -> PeerNames:
     """Return the names and addresses that a certificate is for.
 
-    :raises LocalError: they cannot be read (code ``tls``).
+    :raises TlsError: they cannot be read.
     """
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -53,9 +53,7 @@ def peer_names(certificate: x509.Certificate) -> PeerNames:
     except x509.ExtensionNotFound:
         return PeerNames()
     except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
-        raise LocalError(
-            f"the names in the peer's certificate cannot be read: {error}", code="tls"
-        ) from None
+        raise TlsError(f"the names in the peer's certificate cannot be read: {error}") from None
 
 
 def check_host(certificate: x509.Certificate, host: str) -> None:
@@ -63,17 +61,16 @@ def check_host(certificate: x509.Certificate, host: str) -> None:
 
     :param certificate: one that has been verified.
     :param host: the name or the address, as in the URI.
-    :raises LocalError: it is for another one (code ``tls``); the text has both.
+    :raises TlsError: it is for another one; the text has both.
     """
     names = peer_names(certificate)
     host = host.removesuffix(".")
     try:
         wanted = _wanted(host)
     except ValueError:
-        raise LocalError(
+        raise TlsError(
             f"'{host}' is not a name that a certificate could be for; connect to the peer by "
-            f"its name or its address",
-            code="tls",
+            f"its name or its address"
         ) from None
     try:
         # Not verify_certificate_hostname(): that one reads names of other kinds as well,
@@ -87,11 +84,10 @@ def check_host(certificate: x509.Certificate, host: str) -> None:
             optional_ids=[],
         )
     except (VerificationError, CertificateError):
-        raise LocalError(
+        raise TlsError(
             f"the peer at {host} presented a certificate that is for {names}: either another "
             f"host answers there, or its certificate has to be made anew with {host} among its "
-            f"names",
-            code="tls",
+            f"names"
         ) from None
 
 

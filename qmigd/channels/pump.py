@@ -36,6 +36,7 @@ from typing import Final, Literal
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from qmigd.channels.tls import PeerSocket
 from qmigd.interfaces import ICodec
 from qmigd.transports.sockets import set_send_buffer
 
@@ -86,8 +87,8 @@ class Flow:
     def __init__(
         self,
         name: str,
-        source: socket.socket,
-        sink: socket.socket,
+        source: PeerSocket,
+        sink: PeerSocket,
         report: Callable[[Flow, End], None],
         *,
         encoder: ICodec | None = None,
@@ -158,7 +159,7 @@ class Flow:
             self.moved += size if decoder is None else len(data)
 
 
-def _gather(sock: socket.socket, on: bool) -> bool:
+def _gather(sock: PeerSocket, on: bool) -> bool:
     """Have a read wait for more, or not; returns ``on``."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _GATHER if on else 1)
     patience = struct.pack("ll", 0, int(_PATIENCE * 1e6) if on else 0)
@@ -182,7 +183,7 @@ class Pump:
         self,
         name: str,
         guest: socket.socket,
-        wire: socket.socket,
+        wire: PeerSocket,
         *,
         call: Callable[..., object],
         on_lost: Callable[[str], None],
@@ -318,7 +319,7 @@ class Pump:
         self._on_end(self.ended)
 
 
-def _shut(sock: socket.socket, how: int) -> None:
+def _shut(sock: PeerSocket, how: int) -> None:
     # Its other end may have gone already.
     with contextlib.suppress(OSError):
         sock.shutdown(how)

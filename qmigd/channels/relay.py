@@ -33,6 +33,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
 
 from qmigd.channels.pump import Pump
+from qmigd.channels.tls import PeerSocket
 from qmigd.errors import GuestGone, LocalError, QmigdError
 from qmigd.interfaces import ICodec
 from qmigd.transports.sockets import detach
@@ -107,10 +108,10 @@ class ChannelState:
 class _Channel:
     """A channel whose one end is there."""
 
-    def __init__(self, name: str, index: int, first: socket.socket) -> None:
+    def __init__(self, name: str, index: int, first: PeerSocket) -> None:
         self.name = name
         self.index = index
-        self.first: socket.socket | None = first
+        self.first: PeerSocket | None = first
         self.pump: Pump | None = None
         self.lost = False
 
@@ -149,7 +150,7 @@ class _Relay:
         self._channels: list[_Channel] = []
         self._queue: deque[_Channel] = deque()
         self._working = False
-        self._opening: Deferred[socket.socket] | None = None
+        self._opening: Deferred[PeerSocket] | None = None
         self._stopped: list[Deferred[None]] = []
         try:
             self._directory = tempfile.mkdtemp(prefix="relay-", dir=run_dir)
@@ -214,12 +215,10 @@ class _Relay:
 
     # for the two sides
 
-    async def _other_end(self, channel: _Channel) -> socket.socket:
+    async def _other_end(self, channel: _Channel) -> PeerSocket:
         raise NotImplementedError
 
-    def _sockets(
-        self, first: socket.socket, second: socket.socket
-    ) -> tuple[socket.socket, socket.socket]:
+    def _sockets(self, first: Any, second: Any) -> tuple[socket.socket, PeerSocket]:
         """Return the guest's and the peer's."""
         raise NotImplementedError
 
@@ -227,7 +226,7 @@ class _Relay:
         """The other end cannot be had."""
         raise NotImplementedError
 
-    def _begin(self, name: str, index: int, first: socket.socket) -> None:
+    def _begin(self, name: str, index: int, first: PeerSocket) -> None:
         channel = _Channel(name, index, first)
         self._channels.append(channel)
         self._queue.append(channel)
@@ -279,7 +278,7 @@ class _Relay:
         self._working = False
         self._check_stopped()
 
-    def _have(self, channel: _Channel, second: socket.socket) -> None:
+    def _have(self, channel: _Channel, second: PeerSocket) -> None:
         first, channel.first = channel.first, None
         if first is None:
             # Aborted meanwhile.
@@ -287,7 +286,7 @@ class _Relay:
         else:
             self._join(channel, *self._sockets(first, second))
 
-    def _join(self, channel: _Channel, guest: socket.socket, wire: socket.socket) -> None:
+    def _join(self, channel: _Channel, guest: socket.socket, wire: PeerSocket) -> None:
         try:
             channel.pump = Pump(
                 f"{channel.name} {channel.index}",
@@ -335,7 +334,7 @@ class SourceRelay(_Relay):
         reactor: Any,
         run_dir: str | os.PathLike[str],
         channels: Sequence[tuple[str, int]],
-        open_channel: Callable[[str, int], Awaitable[socket.socket]],
+        open_channel: Callable[[str, int], Awaitable[PeerSocket]],
         on_event: Callable[[RelayEvent], None],
         codec: Callable[[], ICodec] | None = None,
     ) -> None:
@@ -393,12 +392,10 @@ class SourceRelay(_Relay):
         else:
             self._begin(*self._planned.popleft(), sock)
 
-    async def _other_end(self, channel: _Channel) -> socket.socket:
+    async def _other_end(self, channel: _Channel) -> PeerSocket:
         return await self._open_channel(channel.name, channel.index)
 
-    def _sockets(
-        self, first: socket.socket, second: socket.socket
-    ) -> tuple[socket.socket, socket.socket]:
+    def _sockets(self, first: Any, second: Any) -> tuple[socket.socket, PeerSocket]:
         return first, second
 
     def _failed(self, channel: _Channel, reason: str) -> None:
@@ -428,14 +425,14 @@ class DestinationRelay(_Relay):
         """
         super().__init__(reactor, run_dir, on_event, codec)
 
-    def take(self, name: str, index: int, wire: socket.socket) -> None:
+    def take(self, name: str, index: int, wire: PeerSocket) -> None:
         """A channel from the peer, ready for payload."""
         if self._aborted is not None:
             wire.close()
         else:
             self._begin(name, index, wire)
 
-    async def _other_end(self, channel: _Channel) -> socket.socket:
+    async def _other_end(self, channel: _Channel) -> PeerSocket:
         taking: Deferred[socket.socket] = Deferred()
         factory = Factory.forProtocol(lambda: _Taking(taking.callback))
         try:
@@ -446,9 +443,7 @@ class DestinationRelay(_Relay):
             ) from None
         return await taking
 
-    def _sockets(
-        self, first: socket.socket, second: socket.socket
-    ) -> tuple[socket.socket, socket.socket]:
+    def _sockets(self, first: Any, second: Any) -> tuple[socket.socket, PeerSocket]:
         return second, first
 
     def _failed(self, channel: _Channel, reason: str) -> None:

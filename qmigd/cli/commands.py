@@ -83,6 +83,7 @@ async def _migrate(session: Session) -> Exit:
         prefer=options.prefer or None,
         require=options.require or None,
         exclude=options.exclude or None,
+        **_hostname(options),
     )
     if options.detach:
         session.print(
@@ -155,7 +156,9 @@ async def _status(session: Session) -> Exit:
 
 async def _features(session: Session) -> Exit:
     options = session.options
-    answer = await session.ask("query-features", guest=options.guest, uri=options.uri)
+    answer = await session.ask(
+        "query-features", guest=options.guest, uri=options.uri, **_hostname(options)
+    )
     session.print(answer, render.features(answer, session.width))
     return Exit.OK
 
@@ -221,6 +224,10 @@ RUN: Mapping[str, Callable[[Session], Awaitable[Exit]]] = {
     "features": _features,
     "tunables": _tunables_of,
 }
+
+
+def _hostname(options: argparse.Namespace) -> dict[str, str | None]:
+    return {"tls-hostname": options.tls_hostname}
 
 
 def _tunables(given: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -93,6 +93,11 @@ def _guest(parser: argparse.ArgumentParser, command: str, **more: Any) -> None:
     parser.add_argument("guest", metavar="GUEST", help=_help(command, "guest"), **more)
 
 
+def _tls_hostname(parser: argparse.ArgumentParser, command: str) -> None:
+    name = "tls-hostname"
+    parser.add_argument(f"--{name}", metavar="NAME", help=_help(command, name))
+
+
 def _migrate(parser: argparse.ArgumentParser) -> None:
     _guest(parser, "migrate")
     parser.add_argument("uri", metavar="URI", help=_help("migrate", "uri"))
@@ -112,6 +117,7 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
             default=[],
             help=f"a feature or path: {_help('migrate', name)}; can be repeated",
         )
+    _tls_hostname(parser, "migrate")
     parser.add_argument(
         "--detach", action="store_true", help="return once the migration was accepted"
     )
@@ -120,6 +126,7 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
 def _features(parser: argparse.ArgumentParser) -> None:
     _guest(parser, "query-features", nargs="?")
     parser.add_argument("uri", metavar="URI", nargs="?", help=_help("query-features", "uri"))
+    _tls_hostname(parser, "query-features")
 
 
 def _tunables(parser: argparse.ArgumentParser) -> None:

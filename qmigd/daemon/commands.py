@@ -66,10 +66,13 @@ class Commands:
         self._guests.remove(name)
 
     async def query_features(
-        self, guest: str | None = None, uri: str | None = None
+        self,
+        guest: str | None = None,
+        uri: str | None = None,
+        tls_hostname: str | None = None,
     ) -> dict[str, Any]:
         if guest is not None and uri is not None:
-            answer = await self._pair_features(guest, uri)
+            answer = await self._pair_features(guest, uri, tls_hostname)
         elif guest is not None:
             answer = await self._guest_features(guest)
         elif uri is None:
@@ -81,7 +84,7 @@ class Commands:
         return answer
 
     def _warnings(self) -> list[str]:
-        credentials = self._services.credentials
+        credentials = self._services.security.store
         if credentials is None:
             return []
         now = datetime.fromtimestamp(self._services.reactor.seconds(), UTC)
@@ -114,10 +117,14 @@ class Commands:
             return _feature(name, entry["summary"], answer.reason)
         return entry
 
-    async def _pair_features(self, guest: str, uri: str) -> dict[str, Any]:
+    async def _pair_features(
+        self, guest: str, uri: str, tls_hostname: str | None
+    ) -> dict[str, Any]:
         address = parse_uri(uri)
         record = self._services.records.new(new_id(), guest, "source", uri)
-        outgoing = Outgoing(self._services, record, address, self._services.policy, {})
+        outgoing = Outgoing(
+            self._services, record, address, self._services.policy, {}, tls_hostname
+        )
         plan = await outgoing.probe(self._guests.take(guest, record.id))
         features = []
         for name, feature in self._services.features.items():
@@ -148,6 +155,7 @@ class Commands:
         prefer: Iterable[str] = (),
         require: Iterable[str] = (),
         exclude: Iterable[str] = (),
+        tls_hostname: str | None = None,
     ) -> dict[str, Any]:
         services = self._services
         address = parse_uri(uri)
@@ -155,7 +163,7 @@ class Commands:
         policy = services.policy.narrowed(prefer, require, exclude)
         record = services.records.new(new_id(), guest, "source", str(address))
         held = self._guests.take(guest, record.id)
-        outgoing = Outgoing(services, record, address, policy, {})
+        outgoing = Outgoing(services, record, address, policy, {}, tls_hostname)
         try:
             await outgoing.attach(held)
             outgoing.tunables = await self._checked(held, tunables or {})

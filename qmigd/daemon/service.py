@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import signal
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -22,19 +23,24 @@ from twisted.logger import Logger
 from twisted.python import usage
 
 from .. import __version__
+from ..channels import kernel_tls
 from ..channels.attach import Attachments
 from ..channels.credentials import Credentials, CredentialStore
 from ..errors import ConfigError, QmigdError
 from ..features.registry import load_features
 from ..guests import quirks
-from ..interfaces import GuestFacts, Host, IFeature
+from ..interfaces import GuestFacts, Host, IFeature, No, Yes
 from ..migration.listening import IncomingFactory
 from ..migration.recovery import recover
+from ..migration.security import Security
 from ..migration.services import Deadlines, Services
 from ..migration.status import Records
 from ..migration.verdicts import Verdicts
+from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.ports import PortRange
+from ..transports.uri import Address
+from ..wire.greeting import TLS
 from .commands import Commands
 from .config import Config, load, unknown_names
 from .journal import FileJournal
@@ -123,9 +129,9 @@ class QmigdService(Service):
         self._records = Records(self._event)
         self._services = Services(
             reactor=reactor,
-            host=Host(cpus=len(os.sched_getaffinity(0))),
+            host=_host(config),
             features=features,
-            policy=config.policy,
+            policy=_policy(config),
             guests=self._guests,
             records=self._records,
             journal=journal,
@@ -138,7 +144,7 @@ class QmigdService(Service):
                 daemon.handshake_deadline, daemon.peer_deadline, daemon.guest_deadline
             ),
             source_after=config.source_after,
-            credentials=credentials,
+            security=_security(config, credentials),
         )
         self._monitor = Monitor(reactor, daemon.monitor, Commands(self._services, self._guests))
         self._ports: list[IListeningPort] = []
@@ -151,7 +157,7 @@ class QmigdService(Service):
     async def _start(self) -> None:
         # Only now, when the reactor has taken the signals that it wants.
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reload))
-        if (credentials := self._services.credentials) is not None:
+        if (credentials := self._services.security.store) is not None:
             self._report(credentials.current)
         try:
             for left in self._services.run_dir.glob("relay-*"):
@@ -159,8 +165,8 @@ class QmigdService(Service):
             for migration, role, entry in list(self._journal.entries()):
                 # The guests are reserved at once; QEMU may still take its time.
                 Deferred.fromCoroutine(recover(self._services, migration, role, entry))
-            factory = IncomingFactory(self._services)
             for uri in self._config.daemon.listen:
+                factory = IncomingFactory(self._services, tls_required=self._tls_required(uri))
                 port = await uri.server(self._reactor).listen(factory)
                 self._ports.append(port)
                 log.info("qmigd {version} listens on {uri}", version=__version__, uri=str(uri))
@@ -176,9 +182,15 @@ class QmigdService(Service):
                 monitor=self._config.daemon.monitor,
             )
 
+    def _tls_required(self, uri: Address) -> bool:
+        """Whether who comes in there has to go over to TLS."""
+        if self._config.tls_policy == "require":
+            return True
+        return not (self._config.daemon.insecure or uri.is_loopback)
+
     def _reload(self) -> None:
         """Read the certificates anew: SIGHUP."""
-        credentials = self._services.credentials
+        credentials = self._services.security.store
         if credentials is None:
             log.info("SIGHUP: this daemon uses no certificates, so there is nothing to read anew")
             return
@@ -212,6 +224,30 @@ class QmigdService(Service):
         closing = [Deferred.fromCoroutine(self._monitor.stop())]
         closing += [_deferred(port.stopListening()) for port in self._ports]
         return DeferredList(closing)
+
+
+def _host(config: Config) -> Host:
+    """Find out what this host can do."""
+    facts = Host(cpus=len(os.sched_getaffinity(0)))
+    if config.tls_policy == "off":
+        if config.tls is not None:
+            facts = replace(facts, tls=No("switched off in [policy]"))
+        return facts
+    kernel = kernel_tls.probe()
+    return replace(facts, tls=Yes(), kernel_tls=Yes() if kernel else No(kernel.reason))
+
+
+def _policy(config: Config) -> Policy:
+    """Return the policy, with what ``tls`` in ``[policy]`` adds to it."""
+    if config.tls_policy == "require" and TLS not in config.policy.require:
+        return config.policy.narrowed(require=[TLS])
+    return config.policy
+
+
+def _security(config: Config, credentials: CredentialStore | None) -> Security:
+    if config.tls is None or credentials is None:
+        return Security()
+    return Security(credentials, config.tls.allow)
 
 
 def _deferred(result: Any) -> Deferred[Any]:

@@ -20,6 +20,7 @@ from ..interfaces import DIRECT, PATHS, GuestFacts, No, Settings, Withdraw
 from ..negotiation.agree import build_plan
 from ..negotiation.plan import Plan
 from ..negotiation.terms import Terms, Traits, expect
+from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from . import preflight
 from .control import Control
@@ -70,7 +71,7 @@ class Answering(Move):
         :raises QmigdError: it does not come to that, and why.
         """
         control, deadline = self.control, self.services.deadlines.handshake
-        for name in self.services.policy.require:
+        for name in self._required:
             if name in self.services.features and name not in self.selected:
                 raise FeatureError(
                     f"this host's policy requires {name}, which the source did not select"
@@ -106,6 +107,12 @@ class Answering(Move):
         control.expect_within(None)
         self.baseline = not self.selected
 
+    @property
+    def _required(self) -> tuple[str, ...]:
+        """What this side insists on: by its policy, or because of where the peer comes from."""
+        tls = (TLS,) if self.control.tls_required else ()
+        return (*self.services.policy.require, *tls)
+
     def _described(self, description: Mapping[str, Any]) -> None:
         """Take in what the source says of its guest; the name may come ahead of the rest."""
         name = self._theirs.get("name", description.get("name"))
@@ -113,6 +120,7 @@ class Answering(Move):
             raise ProtocolError("the guest's 'name' is not a string", code="bad-json")
         self._theirs = {**self._theirs, **description, "name": name}
         if name is not None and self.taking is None:
+            self.services.security.check_guest(self.control.peer, name)
             self.taking = Deferred.fromCoroutine(self._take_guest(name))
 
     async def _taken(self) -> GuestFacts:
@@ -125,6 +133,7 @@ class Answering(Move):
         guest = await self.services.guests.waiting(name, self.record.id)
         self.guest = guest
         self.record.guest = guest.name
+        self.services.security.check_guest(self.control.peer, guest.name)
         await self.attach(guest)
         examined = await guest.examine()
         if examined.status != "inmigrate":
@@ -156,7 +165,7 @@ class Answering(Move):
                 {name: Traits.of(services.features[name]) for name in agreements},
                 conflicts=tuple(services.conflicts(self._source_facts(facts), facts)),
                 prefer=services.policy.prefer,
-                require=services.policy.require,
+                require=self._required,
                 closed=self._closed_paths(),
             )
             plan = build_plan(services.features, agreements, theirs, terms, self.left_out)
@@ -176,7 +185,7 @@ class Answering(Move):
         else:
             prepared["settings"] = settings_to_wire(real)
         prepared["secret"] = self.secret.hex()
-        services.verdicts.expect(self.record.id, self.secret)
+        services.verdicts.expect(self.record.id, self.secret, self.control.peer)
         for name in self.selected:
             if name in agreements:
                 machine.feature(name, agreements[name])

@@ -22,8 +22,10 @@ from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from ..channels.secured import Secured, TlsSide
 from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
+from ..negotiation.allow import PeerNames
 from ..transports.sockets import detach, drained, limit_reads, tune_stream
 from ..transports.uri import Address
 from ..waiting import with_deadline
@@ -47,14 +49,19 @@ class Control(Protocol):
     """One control connection, of either role.
 
     :ivar machine: the handshake machine; call :meth:`flush` after speaking to it.
+    :ivar bytes: the machine's bytes on the connection, in clear or in TLS.
     :ivar failure: why the connection is of no use any more, or ``None``.
+    :ivar tls_required: this side does not go on in clear with the peer.
     """
 
     transport: Any
 
-    def __init__(self, machine: Any, clock: IReactorTime) -> None:
+    def __init__(self, machine: Any, clock: IReactorTime, tls: TlsSide | None = None) -> None:
+        """:param tls: what is done where the machine asks for TLS; ``None``: it will not."""
         self.machine = machine
+        self.bytes = Secured(machine, tls)
         self.failure: QmigdError | None = None
+        self.tls_required = False
         self._clock = clock
         self._events: deque[Event] = deque()
         self._waiter: Deferred[None] | None = None
@@ -70,18 +77,18 @@ class Control(Protocol):
 
     def connectionMade(self) -> None:
         self.flush()
-        limit_reads(self.transport, self.machine.may_read)
+        limit_reads(self.transport, self.bytes.may_read)
 
     def dataReceived(self, data: bytes) -> None:
         if self._lingering is not None:
             return
         self._heard = self._clock.seconds()
-        for event in self.machine.receive(data):
+        for event in self.bytes.receive(data):
             self._take(event)
         if self._detached or self._lingering is not None:
             return
         self.flush()
-        limit_reads(self.transport, self.machine.may_read)
+        limit_reads(self.transport, self.bytes.may_read)
         if self.failure is not None:
             self._linger()
 
@@ -91,7 +98,7 @@ class Control(Protocol):
         if self._lingering is not None and self._lingering.active():
             self._lingering.cancel()
         if not self._detached:
-            for event in self.machine.eof():
+            for event in self.bytes.eof():
                 self._take(event)
             self._error_said = True
             self._fail(PeerGone("the peer closed the connection"))
@@ -99,7 +106,7 @@ class Control(Protocol):
     def readConnectionLost(self) -> None:
         """The peer has no more to say, but may still read why that was not enough."""
         if self._lingering is None:
-            for event in self.machine.eof():
+            for event in self.bytes.eof():
                 self._take(event)
             self.flush()
         self.close()
@@ -109,9 +116,15 @@ class Control(Protocol):
 
     # what the owner calls
 
+    @property
+    def peer(self) -> PeerNames | None:
+        """Whose certificate it came with; ``None``: it is in clear."""
+        session = self.bytes.session
+        return session.peer if session is not None and self.bytes.encrypted else None
+
     def flush(self) -> None:
         """Send what the machine has to say."""
-        data = self.machine.data_to_send()
+        data = self.bytes.data_to_send()
         if data and self.transport is not None:
             self.transport.write(data)
 
@@ -268,12 +281,15 @@ class Control(Protocol):
             waiter.callback(None)
 
 
-async def connect_control(reactor: Any, address: Address, machine: Any, deadline: float) -> Control:
+async def connect_control(
+    reactor: Any, address: Address, machine: Any, deadline: float, tls: TlsSide | None = None
+) -> Control:
     """Connect to a peer's port.
 
+    :param tls: what is done where the machine asks for TLS.
     :raises PeerGone: nobody answers there; the text has the reason.
     """
-    control = Control(machine, reactor)
+    control = Control(machine, reactor, tls)
     connecting = address.client(reactor).connect(Factory.forProtocol(lambda: control))
     try:
         await with_deadline(reactor, connecting, deadline, f"a connection to {address}")

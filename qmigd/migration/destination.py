@@ -87,7 +87,7 @@ class Incoming(Answering):
         control.stay_alive(self.services.deadlines.peer)
         await guest.stop()
         self._path = DestinationPath(
-            self.services, plan, self.record.id, self.secret, self.wake, guest
+            self.services, plan, self.record.id, self.secret, self.wake, guest, control.peer
         )
         ready = await self._path.open(self.host)
         control.machine.status({"ready": True, **ready})

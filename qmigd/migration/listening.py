@@ -9,15 +9,20 @@ from __future__ import annotations
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
+from twisted.logger import Logger
 
+from ..channels.secured import TlsSide
 from ..errors import PeerGone, ProtocolError
 from ..handshake.destination import DestinationHandshake
-from ..handshake.events import Asked, ChannelOpened, Event, Selected
+from ..handshake.events import Asked, ChannelOpened, Event, Failed, Selected
 from .control import Control
 from .destination import Incoming
+from .security import kernel_does_tls
 from .services import Services
 
 __all__ = ["IncomingConnection", "IncomingFactory", "offered"]
+
+log = Logger()
 
 
 def offered(services: Services) -> list[str]:
@@ -34,29 +39,44 @@ class IncomingFactory(Factory):
 
     noisy = False
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, *, tls_required: bool = False) -> None:
+        """:param tls_required: who comes in here has to go over to TLS."""
         self._services = services
         self._offer = offered(services)
+        self._tls_required = tls_required
+        self._keep_keys = kernel_does_tls(services.features, services.host, services.policy)
 
     def buildProtocol(self, addr: IAddress | None) -> IncomingConnection:
-        return IncomingConnection(self._services, self._offer)
+        tls = self._services.security.called(keep_keys=self._keep_keys)
+        connection = IncomingConnection(self._services, self._offer, tls)
+        connection.tls_required = self._tls_required
+        return connection
 
 
 class IncomingConnection(Control):
     """One connection to the port; a control connection until it turns out otherwise."""
 
-    def __init__(self, services: Services, offer: list[str]) -> None:
-        super().__init__(DestinationHandshake(offer), services.reactor)
+    def __init__(self, services: Services, offer: list[str], tls: TlsSide | None) -> None:
+        super().__init__(DestinationHandshake(offer), services.reactor, tls)
         self._services = services
+        self._served = False
 
     def connectionMade(self) -> None:
         self.expect_within(self._services.deadlines.handshake)
         super().connectionMade()
 
     def _take(self, event: Event) -> None:
+        if isinstance(event, Failed) and self.bytes.session is not None and not self._served:
+            # Nobody else will tell it here: no migration has come of it.
+            log.info(
+                "a connection from {peer} came to nothing: {reason}",
+                peer=self.transport.getPeer(),
+                reason=event.text,
+            )
         if isinstance(event, ChannelOpened):
             self._attach(event)
         elif isinstance(event, Selected):
+            self._served = True
             move = Incoming(self._services, self, event)
             Deferred.fromCoroutine(move.serve())
         elif isinstance(event, Asked):
@@ -66,7 +86,7 @@ class IncomingConnection(Control):
 
     def _answer(self, event: Asked) -> None:
         try:
-            self.machine.outcome(self._services.verdicts.answer(event))
+            self.machine.outcome(self._services.verdicts.answer(event, self.peer))
         except ProtocolError as error:
             self.refuse(error)
             return
@@ -76,11 +96,11 @@ class IncomingConnection(Control):
     def _attach(self, event: ChannelOpened) -> None:
         self.expect_within(None)
         try:
-            claim = self._services.attachments.claim(event.role)
+            claim = self._services.attachments.claim(event.role, self.peer)
         except ProtocolError as error:
             self.refuse(error)
             return
         self.machine.attached()
         self._detached = True
-        handing = claim.hand_over(self.transport, self.machine.data_to_send())
+        handing = claim.hand_over(self.transport, self.bytes.data_to_send(), self.bytes.session)
         handing.addErrback(lambda failure: failure.trap(PeerGone))

@@ -10,6 +10,9 @@ path                  source                                 destination
                       forwarded to the peer                   each that comes in
 ====================  =====================================  ================================
 
+Where the plan has TLS, every payload channel is in TLS from its greeting on.  Behind
+ATTACHED the kernel takes it over, where it can, and else the relay's threads do it.
+
 In the baseline form none of them is needed: the control connection itself is handed
 to QEMU.
 """
@@ -19,12 +22,14 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from ..channels.attach import open_channel
+from ..channels import kernel_tls
+from ..channels.attach import Line, open_channel
 from ..channels.codecs import chain
 from ..channels.relay import (
     ChannelEnded,
@@ -35,11 +40,22 @@ from ..channels.relay import (
     RelayEvent,
     SourceRelay,
 )
-from ..errors import GuestError, MigrationError, PeerGone, ProtocolError, QmigdError
+from ..channels.secured import Secured, TlsSide
+from ..channels.tls import TlsSocket
+from ..errors import (
+    GuestError,
+    LocalError,
+    MigrationError,
+    PeerGone,
+    ProtocolError,
+    QmigdError,
+)
 from ..handshake.channel import ChannelHandshake
 from ..interfaces import DIRECT, HANDOVER, RELAY, Guest, ICodec
+from ..negotiation.allow import PeerNames
 from ..negotiation.plan import MAIN, Plan
 from ..transports.uri import Address, TcpAddress
+from ..wire.greeting import TLS
 from ..wire.role import RoleHeader
 from .services import Services
 
@@ -64,6 +80,22 @@ class _Path:
         self._secret = secret
         self._wake = wake
         self._relay: SourceRelay | DestinationRelay | None = None
+
+    def _plain(self, line: Line) -> socket.socket | TlsSocket:
+        """What stream bytes are written to and read from.
+
+        :raises LocalError: the kernel did not take the connection's TLS over.
+        """
+        if line.session is None:
+            return line.sock
+        if not line.session.keeps_keys:
+            return TlsSocket(line.sock, line.session)
+        try:
+            kernel_tls.install(line.sock, line.session.take_keys())
+        except BaseException:
+            line.sock.close()
+            raise
+        return line.sock
 
     @property
     def busy(self) -> bool:
@@ -107,6 +139,20 @@ class _Path:
             self._wake()
 
 
+def _socket(end: socket.socket | TlsSocket) -> socket.socket:
+    """What QEMU can be given.
+
+    :raises LocalError: the TLS on it is not in the kernel.
+    """
+    if isinstance(end, TlsSocket):
+        end.close()
+        raise LocalError(
+            "The plan is to hand a connection in TLS to QEMU, but this side's kernel does not "
+            "do the TLS."
+        )
+    return end
+
+
 class SourcePath(_Path):
     """The source's side: :meth:`open` returns what QEMU is to migrate to."""
 
@@ -118,9 +164,11 @@ class SourcePath(_Path):
         secret: bytes,
         wake: Callable[[], Any],
         peer: Address,
+        tls_side: Callable[..., TlsSide | None],
     ) -> None:
         super().__init__(services, plan, migration, secret, wake)
         self._peer = peer
+        self._tls_side = tls_side
 
     async def open(self, host: str, ready: Mapping[str, Any]) -> str | socket.socket:
         """Make ready.
@@ -134,7 +182,7 @@ class SourcePath(_Path):
                 raise ProtocolError("the destination names no port for 'direct'", code="bad-json")
             return str(TcpAddress(host, port))
         if self._plan.path == HANDOVER:
-            return await self._channel(*MAIN)
+            return _socket(await self._channel(*MAIN))
         relay = SourceRelay(
             self._services.reactor,
             self._services.run_dir,
@@ -146,13 +194,19 @@ class SourcePath(_Path):
         self._relay = relay
         return str(relay.listen())
 
-    def _channel(self, name: str, index: int) -> Deferred[socket.socket]:
-        return open_channel(
+    async def _channel(self, name: str, index: int) -> socket.socket | TlsSocket:
+        role = RoleHeader(self._migration, name, index)
+        tls = TLS in self._plan.features
+        line = await open_channel(
             self._services.reactor,
             self._peer.client(self._services.reactor),
-            ChannelHandshake(RoleHeader(self._migration, name, index), self._secret),
+            Secured(
+                ChannelHandshake(role, self._secret, tls=tls),
+                self._tls_side(payload=True) if tls else None,
+            ),
             self._services.deadlines.handshake,
         )
+        return self._plain(line)
 
 
 class DestinationPath(_Path):
@@ -166,9 +220,11 @@ class DestinationPath(_Path):
         secret: bytes,
         wake: Callable[[], Any],
         guest: Guest,
+        peer: PeerNames | None,
     ) -> None:
         super().__init__(services, plan, migration, secret, wake)
         self._guest = guest
+        self._peer = peer if TLS in plan.features else None
         self._port: int | None = None
 
     async def open(self, host: str) -> dict[str, Any]:
@@ -185,7 +241,7 @@ class DestinationPath(_Path):
             )
             self._relay = relay
             await self._guest.incoming(str(relay.address))
-            self._expect(list(self._plan.channels), relay.take)
+            self._expect(list(self._plan.channels), partial(self._relay_it, relay))
         else:
             self._expect([MAIN], self._hand_over)
         return {}
@@ -209,13 +265,21 @@ class DestinationPath(_Path):
         raise refusal or GuestError("QEMU could not listen on any of the direct-ports")
 
     def _expect(
-        self, channels: list[tuple[str, int]], take: Callable[[str, int, socket.socket], None]
+        self, channels: list[tuple[str, int]], take: Callable[[str, int, Line], None]
     ) -> None:
-        self._services.attachments.expect(self._migration, self._secret, channels, take)
+        self._services.attachments.expect(self._migration, self._secret, channels, take, self._peer)
 
-    def _hand_over(self, name: str, index: int, sock: socket.socket) -> None:
-        handing = Deferred.fromCoroutine(self._guest.incoming(sock))
-        handing.addErrback(self._refused)
+    def _relay_it(self, relay: DestinationRelay, name: str, index: int, line: Line) -> None:
+        try:
+            relay.take(name, index, self._plain(line))
+        except QmigdError as error:
+            self._fail(error)
+
+    def _hand_over(self, name: str, index: int, line: Line) -> None:
+        async def hand_over() -> None:
+            await self._guest.incoming(_socket(self._plain(line)))
+
+        Deferred.fromCoroutine(hand_over()).addErrback(self._refused)
 
     def _heard(self, event: RelayEvent) -> None:
         if isinstance(event, ChannelHeld) and event.channel == MAIN:

@@ -18,8 +18,9 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
 
+from ..channels.secured import TlsSide
 from ..errors import FeatureError, GuestError, MigrationError, ProtocolError
-from ..handshake.events import FeatureSaid, Prepared
+from ..handshake.events import FeatureSaid, Prepared, Secured
 from ..handshake.source import SourceHandshake
 from ..interfaces import HANDOVER, PATHS, GuestFacts, No, Settings, Withdraw
 from ..negotiation.agree import build_plan
@@ -27,9 +28,11 @@ from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Terms, Traits, expect
 from ..transports.uri import Address
+from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
 from .move import Move
+from .security import kernel_does_tls
 from .services import Services
 from .settings import compare, settings_for, settings_from_wire
 from .status import Record
@@ -63,6 +66,7 @@ class Proposing(Move):
     :ivar was_running: the guest ran when its migration began.
     :ivar cancelled: why the user wants an end of it, or ``None``.
     :ivar baseline: no feature was selected: the stream takes the control connection.
+    :ivar hostname: what the peer's certificate has to be for; empty: nobody has said.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Proposing(Move):
         uri: Address,
         policy: Policy,
         tunables: Mapping[str, Any],
+        tls_hostname: str | None = None,
     ) -> None:
         super().__init__(services, record)
         self.uri = uri
@@ -85,6 +90,19 @@ class Proposing(Move):
         self.was_running = True
         self.cancelled: str | None = None
         self.baseline = False
+        # Over a unix socket there is no name but one that is given.
+        self.hostname = tls_hostname or str(getattr(uri, "host", ""))
+
+    @property
+    def in_tls(self) -> bool:
+        """Whether the control connection is in TLS."""
+        return self.control is not None and self.control.peer is not None
+
+    def tls_side(self, *, payload: bool = False) -> TlsSide | None:
+        """What is done where a connection to the peer goes over to TLS."""
+        services = self.services
+        keep = payload and kernel_does_tls(services.features, services.host, self.policy)
+        return services.security.calling(self.hostname, keep_keys=keep)
 
     async def _call(self) -> list[str]:
         """Connect to the peer, and say which guest it is about.
@@ -96,11 +114,16 @@ class Proposing(Move):
         """
         deadline = self.services.deadlines.handshake
         machine = SourceHandshake()
-        control = await connect_control(self.services.reactor, self.uri, machine, deadline)
+        control = await connect_control(
+            self.services.reactor, self.uri, machine, deadline, self.tls_side()
+        )
         self.control = control
         greeted = await control.greeted(deadline)
         candidates = self._candidates(greeted.features)
         machine.reply(candidates)
+        control.flush()
+        if TLS in candidates:
+            await control.next(Secured, deadline=deadline, what="TLS with the peer")
         machine.guest({"name": self.record.guest})
         control.flush()
         return candidates
@@ -113,6 +136,11 @@ class Proposing(Move):
                 self.left_out[name] = "excluded by the policy"
             elif isinstance(answer, No):
                 self.left_out[name] = f"source host: {answer.reason}"
+            elif name == TLS and not self.hostname:
+                self.left_out[name] = (
+                    f"source: {self.uri} has no host name that a certificate could be for; say "
+                    f"which with 'tls-hostname'"
+                )
             elif name not in offered:
                 self.left_out[name] = "destination: its qmigd does not offer it"
             else:

@@ -82,11 +82,13 @@ async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
     except (QmigdError, KeyError, ValueError) as error:
         log.warn("migration {id} cannot be asked about: {error}", id=move.record.id, error=error)
         return False
+    hostname = entry.get("tls-hostname")
+    tls = services.security.calling(hostname) if hostname else None
     end = move.now() + services.deadlines.ask
     while move.now() < end:
         try:
             answer = await ask(
-                services.reactor, peer, move.record.id, secret, services.deadlines.handshake
+                services.reactor, peer, move.record.id, secret, services.deadlines.handshake, tls
             )
         except QmigdError as error:
             log.info("no answer from {peer}: {error}", peer=peer, error=error.text)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..channels.attach import Attachments
-from ..channels.credentials import CredentialStore
 from ..interfaces import Guest, GuestFacts, Host, IFeature
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.ports import PortRange
+from .security import Security
 from .status import Records
 from .verdicts import Verdicts
 
@@ -96,7 +96,6 @@ class Services:
     :ivar conflicts: what the QEMUs of two guests, source and destination, cannot combine.
     :ivar ports: what the destination offers for ``direct``; ``None``: nothing.
     :ivar run_dir: where the relay's unix sockets live; only this user can look inside.
-    :ivar credentials: this host's certificate; ``None`` where connections are not secured.
     """
 
     reactor: Any
@@ -113,4 +112,4 @@ class Services:
     run_dir: Path
     deadlines: Deadlines
     source_after: str = "keep"
-    credentials: CredentialStore | None = None
+    security: Security = field(default_factory=Security)

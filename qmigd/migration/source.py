@@ -68,8 +68,9 @@ class Outgoing(Proposing):
         uri: Address,
         policy: Policy,
         tunables: Mapping[str, Any],
+        tls_hostname: str | None = None,
     ) -> None:
-        super().__init__(services, record, uri, policy, tunables)
+        super().__init__(services, record, uri, policy, tunables, tls_hostname)
         self._path: SourcePath | None = None
         self._started = False
         self._released = Released.NO
@@ -199,7 +200,7 @@ class Outgoing(Proposing):
             control.stay_alive(services.deadlines.peer)
             await self._until_ready()
             self._path = SourcePath(
-                services, plan, self.record.id, self.secret, self.wake, self.uri
+                services, plan, self.record.id, self.secret, self.wake, self.uri, self.tls_side
             )
             # Over a unix socket there is none, and the plan does without.
             host = str(getattr(control.transport.getPeer(), "host", ""))
@@ -347,6 +348,7 @@ class Outgoing(Proposing):
                     self.record.id,
                     self.secret,
                     self.services.deadlines.handshake,
+                    self.tls_side() if self.in_tls else None,
                 )
             except QmigdError as error:
                 log.info("no answer from {peer}: {error}", peer=self.uri, error=error.text)
@@ -462,6 +464,7 @@ class Outgoing(Proposing):
                 "peer": self.record.peer,
                 "stage": stage,
                 "baseline": self.baseline,
+                "tls-hostname": self.hostname if self.in_tls else None,
                 "secret": self.secret.hex(),
                 "was-running": self.was_running,
                 "capabilities": dict(self.saved.capabilities),

@@ -146,7 +146,7 @@ def _obstacle(
             others = sorted(conflict.features - {name})
             return f"not together with {' and '.join(others)}: {conflict.reason}"
     if not _carriers(paths, together):
-        carried = _carriers(paths, {name: traits[name]})
+        carried = _carriers(paths, {member: traits[member] for member in group})
         if not carried:
             able = ", ".join(sorted(traits[name].paths)) or "none"
             return f"it needs another path ({able}) than the open ones ({', '.join(paths)})"
@@ -156,7 +156,11 @@ def _obstacle(
 
 def _carriers(paths: Iterable[str], features: Mapping[str, Traits]) -> list[str]:
     """The ``paths`` that carry all ``features``."""
-    return [path for path in paths if all(path in traits.paths for traits in features.values())]
+    return [
+        path
+        for path in paths
+        if all(traits.carried_by(path, features) for traits in features.values())
+    ]
 
 
 def _best_path(
@@ -169,7 +173,10 @@ def _best_path(
 ) -> tuple[str, str]:
     able = _carriers(paths, taken)
     wishes = [path for path in prefer if path in able]
-    path = (wishes or able)[0]
+    avoided = {
+        path: [name for name in sorted(taken) if path in taken[name].avoids] for path in able
+    }
+    path = (wishes or [path for path in able if not avoided[path]] or able)[0]
     reason = _WHY[path]
     if path in require:
         reason += "; required by the policy"
@@ -179,9 +186,11 @@ def _best_path(
         # Say what stood in the way of the paths that would have come first.
         for better in PATHS[: PATHS.index(path)]:
             closed = source.closed.get(better) or destination.closed.get(better)
-            blockers = [name for name in sorted(taken) if better not in taken[name].paths]
+            blockers = [name for name in sorted(taken) if not taken[name].carried_by(better, taken)]
             if closed:
                 reason += f"; not {better}: {closed}"
             elif blockers:
                 reason += f"; not {better}: it cannot carry {' and '.join(blockers)}"
+            elif avoided.get(better):
+                reason += f"; not {better}: {' and '.join(avoided[better])} costs more there"
     return path, reason

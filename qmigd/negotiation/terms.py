@@ -8,7 +8,7 @@ same plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,18 +59,38 @@ class Traits:
     requires: frozenset[str] = frozenset()
     excludes: frozenset[str] = frozenset()
     paths: frozenset[str] = frozenset(PATHS)
+    paths_with: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    avoids: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, feature: IFeature) -> Traits:
-        return cls(int(feature.rank), feature.requires, feature.excludes, feature.paths)
+        return cls(
+            int(feature.rank),
+            feature.requires,
+            feature.excludes,
+            feature.paths,
+            dict(feature.paths_with),
+            feature.avoids,
+        )
+
+    def carried_by(self, path: str, others: Iterable[str]) -> bool:
+        """Whether a path carries it, where it is used together with ``others``."""
+        return path in self.paths or any(path in self.paths_with.get(other, ()) for other in others)
 
     def to_wire(self) -> dict[str, Any]:
-        return {
+        body: dict[str, Any] = {
             "rank": self.rank,
             "requires": sorted(self.requires),
             "excludes": sorted(self.excludes),
             "paths": sorted(self.paths),
         }
+        if self.paths_with:
+            body["paths-with"] = {
+                name: sorted(paths) for name, paths in sorted(self.paths_with.items())
+            }
+        if self.avoids:
+            body["avoids"] = sorted(self.avoids)
+        return body
 
     @classmethod
     def from_wire(cls, body: Mapping[str, Any]) -> Traits:
@@ -79,6 +99,12 @@ class Traits:
             frozenset(_names(body, "requires")),
             frozenset(_names(body, "excludes")),
             frozenset(_names(body, "paths")),
+            {
+                name: frozenset(_names(more, name))
+                for more in [expect(body, "paths-with", dict, {})]
+                for name in more
+            },
+            frozenset(_names(body, "avoids")),
         )
 
     def __and__(self, other: Traits) -> Traits:
@@ -88,7 +114,15 @@ class Traits:
             self.requires | other.requires,
             self.excludes | other.excludes,
             self.paths & other.paths,
+            {
+                name: self._all_with(name) & other._all_with(name)
+                for name in self.paths_with.keys() | other.paths_with.keys()
+            },
+            self.avoids | other.avoids,
         )
+
+    def _all_with(self, other: str) -> frozenset[str]:
+        return self.paths | self.paths_with.get(other, frozenset())
 
 
 @dataclass(frozen=True)

@@ -369,20 +369,20 @@ def _plan(count: int) -> list[tuple[str, int]]:
 def _origin(directory: str, count: int, port: int) -> None:
     """The source's qmigd."""
     from twisted.internet import reactor
-    from twisted.internet.defer import Deferred
     from twisted.internet.endpoints import TCP4ClientEndpoint
 
     from qmigd.channels.attach import open_channel
     from qmigd.channels.relay import SourceRelay
+    from qmigd.channels.secured import Secured
     from qmigd.handshake.channel import ChannelHandshake
     from qmigd.wire.role import RoleHeader
 
     run: Any = reactor
     endpoint = TCP4ClientEndpoint(run, "127.0.0.1", port)
 
-    def open_it(name: str, index: int) -> Deferred[socket.socket]:
-        machine = ChannelHandshake(RoleHeader(_ID, name, index), _SECRET)
-        return open_channel(run, endpoint, machine, 10)
+    async def open_it(name: str, index: int) -> socket.socket:
+        machine = Secured(ChannelHandshake(RoleHeader(_ID, name, index), _SECRET), None)
+        return (await open_channel(run, endpoint, machine, 10)).sock
 
     relay = SourceRelay(run, directory, _plan(count), open_it, _heard)
     _say(relay.listen().path)
@@ -400,7 +400,10 @@ def _destination(directory: str, count: int) -> None:
     run: Any = reactor
     attachments = Attachments()
     relay = DestinationRelay(run, directory, _heard)
-    attachments.expect(_ID, _SECRET, _plan(count), relay.take)
+    attachments.expect(
+        *(_ID, _SECRET, _plan(count)),
+        lambda name, index, line: relay.take(name, index, line.sock),
+    )
     factory = Factory.forProtocol(lambda: _port(attachments))
     port = run.listenTCP(0, factory, interface="127.0.0.1")
     _say(f"{port.getHost().port} {relay.address.path}")

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
-from qmigd.channels.credentials import Credentials
+from qmigd.channels.credentials import Credentials, CredentialStore
 
 __all__ = ["CLIENT", "SERVER", "Authority", "Files", "key_usage", "private_pem", "write"]
 
@@ -49,6 +49,10 @@ class Files:
     def load(self) -> Credentials:
         """Read them as the daemon does."""
         return Credentials.load(self.certificate, self.key, self.authority)
+
+    def store(self) -> CredentialStore:
+        """Read them as the daemon does, to be read anew."""
+        return CredentialStore(self.certificate, self.key, self.authority)
 
     def table(self) -> dict[str, str]:
         """Return the table ``[tls]``."""
@@ -86,7 +90,7 @@ class Authority:
         :param parent: the CA that signs it; by default it signs itself.
         :param ca: whether its certificate says that it is one.
         """
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.name = _name(name)

@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from typing import Any
 
 from tests.rig.bootsector import PAGE, Inconsistent, check
@@ -27,6 +28,7 @@ from tests.rig.qmp import Event
 __all__ = [
     "ENDED",
     "FEATURES",
+    "KNOWN",
     "SLOW",
     "Pair",
     "PairCase",
@@ -39,8 +41,11 @@ __all__ = [
 #: The name under which both daemons know the guest.
 NAME = "vm"
 
-#: Every feature that a QEMU guest can have today.
+#: What two daemons without certificates can have between any two QEMUs.
 FEATURES = ("multifd", "postcopy-ram", "postcopy-preempt")
+
+#: Every feature that there is: each is used, or there is a reason why not.
+KNOWN = frozenset(entry_points(group="qmigd.features").names)
 
 #: Statuses of a migration that is over.
 ENDED = ("completed", "failed", "cancelled")

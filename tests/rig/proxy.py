@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from dataclasses import dataclass, field
 
-__all__ = ["Proxy"]
+__all__ = ["Proxy", "Recorder"]
 
 
 class Proxy:
@@ -76,6 +77,10 @@ class Proxy:
                 self._forth(source, destination, back)
                 back.join()
 
+    def passed_on(self, data: bytes, source: socket.socket, *, by_source: bool) -> bytes:
+        """Say what goes on where these bytes have come."""
+        return data
+
     def _forth(
         self, source: socket.socket, destination: socket.socket, back: threading.Thread
     ) -> None:
@@ -85,7 +90,7 @@ class Proxy:
             first = source.recv(65536)
             self._pairs.append((first.startswith(self._only), source, destination))
             while first:
-                destination.sendall(first)
+                destination.sendall(self.passed_on(first, source, by_source=True))
                 first = source.recv(65536)
         _shut(destination, socket.SHUT_WR)
 
@@ -94,8 +99,35 @@ class Proxy:
             while data := destination.recv(65536):
                 if (True, source, destination) in self._pairs:
                     self._open.wait()
-                source.sendall(data)
+                source.sendall(self.passed_on(data, source, by_source=False))
         _shut(source, socket.SHUT_WR)
+
+
+@dataclass
+class _Bytes:
+    """What has gone over one connection."""
+
+    there: bytearray = field(default_factory=bytearray)
+    back: bytearray = field(default_factory=bytearray)
+
+
+class Recorder(Proxy):
+    """Writes down every byte, as somebody on the way could."""
+
+    def __init__(self, uri: str) -> None:
+        """:param uri: of a daemon on 127.0.0.1."""
+        self._recorded: dict[socket.socket, _Bytes] = {}
+        super().__init__(int(uri.rpartition(":")[2]))
+
+    def passed_on(self, data: bytes, source: socket.socket, *, by_source: bool) -> bytes:
+        recorded = self._recorded.setdefault(source, _Bytes())
+        (recorded.there if by_source else recorded.back).extend(data)
+        return data
+
+    @property
+    def connections(self) -> list[tuple[bytes, bytes]]:
+        """What went to the destination and what came back, for each connection in order."""
+        return [(bytes(one.there), bytes(one.back)) for one in self._recorded.values()]
 
 
 def _shut(end: socket.socket, how: int = socket.SHUT_RDWR) -> None:

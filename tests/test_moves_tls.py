@@ -1,0 +1,234 @@
+"""Whole moves in TLS, done by qmigd: what is on the wire, and who gets nowhere."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.internet import reactor
+
+from qmigd.channels.secured import TlsSide
+from qmigd.errors import RemoteError
+from qmigd.migration.security import Security
+from qmigd.migration.verdicts import ask
+from qmigd.transports.uri import parse_uri
+from tests.rig.certificates import Authority, Files
+from tests.rig.daemons import Daemon
+from tests.rig.pair import NAME, Pair, PairCase, source_noise
+from tests.rig.proxy import Recorder
+
+#: What would be on the wire otherwise: of the handshake, of QEMU's stream, of the guest's RAM.
+_READABLE = (
+    b"QEMU-CHANNEL",
+    b"ram-blocks",
+    b"QEVM\0\0",
+    b"pc-i440fx",
+    b"pc.ram",
+    source_noise()[:16],
+)
+
+
+class TlsCase(PairCase):
+    """Two daemons with certificates of one CA."""
+
+    def setUp(self) -> None:
+        self.authority = Authority(self.mktemp())
+
+    def host(self, *names: str) -> Files:
+        return self.authority.host(*(names or ("host.example", "127.0.0.1")))
+
+    def secure_pair(
+        self,
+        source: str = "7.2",
+        destination: str | None = None,
+        *,
+        here: Files | None = None,
+        there: Files | None = None,
+        allow: Any = None,
+        there_daemon: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Pair:
+        """Prepare a pair whose daemons have certificates.
+
+        :param there_daemon: further settings in ``[daemon]`` of the destination's.
+        """
+        pair = self.pair(source, destination, there=there_daemon, **options)
+        pair.here.config["tls"] = (here or self.host()).table()
+        pair.there.config["tls"] = (there or self.host()).table()
+        if allow is not None:
+            pair.there.config["tls"]["allow"] = allow
+        return pair
+
+
+class MovedTests(TlsCase):
+    """Guests that are moved."""
+
+    def check(self, label: str, other: str, mode: str, *, channels: int) -> None:
+        """Move a guest, and read along."""
+        pair = self.secure_pair(label, other).start()
+        wire = Recorder(pair.there.uri)
+        self.addCleanup(wire.close)
+        entry = pair.move("relay", mode, uri=wire.uri)
+        plan = entry["plan"]
+        self.assertIn("tls", plan["features"])
+        self.assertEqual(plan["path"], "relay")
+        pair.prove_moved()
+        # The control connection, and the channels; preempt's may never have been opened.
+        self.assertIn(len(wire.connections) - 1, (len(plan["channels"]), channels))
+        for there, back in wire.connections:
+            self.assertEqual(back[:12], b"QEMU-MIGRATE")
+            for readable in _READABLE:
+                self.assertFalse(readable in there or readable in back, readable)
+        # It has gone this way: the random part of the guest's RAM, and more.
+        self.assertGreater(sum(len(there) for there, _ in wire.connections), 4 << 20)
+
+    def test_precopy(self) -> None:
+        """One channel."""
+        self.check("7.2", "10.0", "precopy", channels=1)
+
+    def test_multifd(self) -> None:
+        """Several channels at once."""
+        self.check("10.0", "11", "multifd", channels=3)
+
+    def test_postcopy(self) -> None:
+        """Pages that are asked for, on the way back."""
+        self.check("7.2", "7.2", "postcopy", channels=1)
+
+    def test_preempt(self) -> None:
+        """The channel of pages that come first."""
+        self.check("11", "11", "preempt", channels=2)
+
+    def test_by_itself(self) -> None:
+        """With nothing configured but certificates, it is in TLS."""
+        pair = self.secure_pair("7.2").start()
+        promised = pair.here.execute("query-features", guest=NAME, uri=pair.there.uri)
+        pair.begin("", require=[], exclude=[])
+        plan = pair.completed()["plan"]
+        self.assertIn("tls", plan["features"])
+        self.assertIn("postcopy-ram", plan["features"])
+        self.assertIn("not direct", plan["path-reason"])
+        chosen = {one["name"] for one in promised["features"] if one["selected"]}
+        self.assertEqual(chosen, {*plan["features"]})
+        pair.prove_moved()
+
+
+class AskTests(TlsCase):
+    """The question of a source that lost the connection, and does not know what became."""
+
+    async def asked(self, daemon: Daemon, tls: TlsSide | None) -> str:
+        """Ask about a migration that nobody knows; returns the code of the refusal."""
+        try:
+            await ask(reactor, parse_uri(daemon.uri), str(uuid.uuid4()), bytes(32), 10, tls)
+        except RemoteError as error:
+            return error.code
+        raise AssertionError("It was answered.")
+
+    async def test_in_tls(self) -> None:
+        """It is asked in TLS, if the migration was in TLS, and answered there."""
+        pair = self.secure_pair(policy={"tls": "require"})
+        pair.there.start()
+        side = Security(self.host().store()).calling("127.0.0.1")
+        self.assertEqual(await self.asked(pair.there, side), "unknown-migration")
+        self.assertEqual(await self.asked(pair.there, None), "unknown-migration")
+
+
+class RefusedTests(TlsCase):
+    """What is refused; the guest goes on, and both sides say why."""
+
+    def refused(self, pair: Pair, here: str, there: str, **options: Any) -> None:
+        """Try it; the words are in the source's reason and in the destination's log."""
+        options.setdefault("path", "relay")
+        pair.begin(**options)
+        self.assertIn(here, pair.failed(pair.here))
+        self.assertIn(there, pair.there.log)
+        pair.prove_stayed()
+        self.assertEqual(pair.destination.status(), "inmigrate")
+
+    def test_foreign(self) -> None:
+        """A source of another CA."""
+        other = Authority(self.mktemp(), "Other CA")
+        files = other.host("host.example").trusting(self.authority, other)
+        self.refused(
+            self.secure_pair(here=files).start(),
+            "not signed by a CA that the peer knows",
+            "not signed by a CA that is trusted here",
+        )
+
+    def test_wrong_name(self) -> None:
+        """A destination that has another host's certificate."""
+        self.refused(
+            self.secure_pair(there=self.host("other.example")).start(),
+            "other.example",
+            "other.example",
+        )
+
+    def test_hostname(self) -> None:
+        """Unless the user says that this is the host that is meant."""
+        pair = self.secure_pair(there=self.host("other.example")).start()
+        named: dict[str, Any] = {"tls-hostname": "other.example"}
+        pair.begin("relay", **named)
+        pair.completed()
+        pair.prove_moved()
+
+    def test_not_allowed(self) -> None:
+        """A source that the destination's ``allow`` does not name."""
+        pair = self.secure_pair(allow=["elsewhere.example"]).start()
+        self.refused(pair, "host.example", "host.example")
+
+    def test_guest_not_allowed(self) -> None:
+        """A guest that the source may not send."""
+        pair = self.secure_pair(allow={"host.example": ["web*"]}).start()
+        self.refused(pair, f"'{NAME}'", f"'{NAME}'")
+
+    def test_guest_allowed(self) -> None:
+        """A guest that it may."""
+        pair = self.secure_pair(allow={"host.example": [f"{NAME[0]}*"]}).start()
+        pair.move("relay")
+        pair.prove_moved()
+
+    def test_plain_source(self) -> None:
+        """A source without certificates, where the destination requires TLS."""
+        pair = self.secure_pair()
+        del pair.here.config["tls"]
+        pair.there.config["policy"] = {"tls": "require"}
+        pair.start()
+        self.refused(pair, "requires tls", "requires tls")
+
+    def test_plain_destination(self) -> None:
+        """A destination without certificates, where the source requires TLS."""
+        pair = self.secure_pair(policy={"tls": "require"})
+        del pair.there.config["tls"]
+        pair.start()
+        self.refused(pair, "tls is required but cannot be had", "")
+
+    def test_plain_is_served(self) -> None:
+        """Where neither requires it, a source without certificates is served as ever."""
+        pair = self.secure_pair()
+        del pair.here.config["tls"]
+        pair.start()
+        entry = pair.move("handover")
+        self.assertNotIn("tls", entry["plan"]["features"])
+        pair.prove_moved()
+
+    def test_plain_beyond_loopback(self) -> None:
+        """Where other hosts can reach it, a daemon with certificates serves nobody in clear."""
+        link = self.link()
+        files = self.host("there.example", link.right.address)
+        pair = self.secure_pair(there=files, link=link, there_daemon={"insecure": False})
+        tls = pair.here.config.pop("tls")
+        pair.start()
+        self.refused(pair, "requires tls", "requires tls")
+        pair.here.stop()
+        pair.here.config["tls"] = tls
+        pair.here.start()
+        pair.move("relay")
+        pair.prove_moved()
+
+    def test_switched_off(self) -> None:
+        """``tls = "off"`` switches it off, whatever certificates there are."""
+        pair = self.secure_pair(policy={"tls": "off"}).start()
+        entry = pair.move("handover")
+        left_out = {one["name"]: one["reason"] for one in entry["plan"]["left-out"]}
+        self.assertIn("switched off", left_out["tls"])
+        pair.prove_moved()
