@@ -51,7 +51,10 @@ __all__ = [
     "ICodec",
     "IFeature",
     "No",
+    "Process",
+    "RamBlock",
     "Rank",
+    "RdmaDevice",
     "Role",
     "Settings",
     "Tunable",
@@ -105,8 +108,22 @@ class Rank(IntEnum):
 
 
 @dataclass(frozen=True)
+class RdmaDevice:
+    """An RDMA device of this host."""
+
+    #: The kernel's name for it, ``"mlx5_0"``.
+    name: str
+    #: The IP addresses of the network interfaces that it serves, each with the length of
+    #: its prefix: ``"192.0.2.1/24"``.
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Host:
-    """What a feature may know of the host that its daemon runs on."""
+    """What a feature may know of the host that its daemon runs on.
+
+    All of it is gathered once, when the daemon starts.
+    """
 
     #: CPUs that this process may use.
     cpus: int
@@ -114,11 +131,54 @@ class Host:
     tls: Answer = No("no certificates are configured ([tls] in the daemon's configuration)")
     #: Whether its kernel takes over TLS connections.
     kernel_tls: Answer = No("not looked for")
+    #: The kernel's release, as ``uname -r`` has it.
+    kernel: str = ""
+    #: The RDMA devices with a port that is up; soft ones (``rdma_rxe``) included.
+    rdma: tuple[RdmaDevice, ...] = ()
+    #: Whether the kernel lets a TCP socket send without copying (``SO_ZEROCOPY``).
+    zero_copy_sockets: bool = False
+    #: The most bytes that a TCP socket's send buffer can grow to by itself: the third
+    #: number of ``net.ipv4.tcp_wmem``; ``None``: not known.
+    tcp_send_buffer: int | None = None
+
+
+@dataclass(frozen=True)
+class RamBlock:
+    """A block of a guest's RAM."""
+
+    #: QEMU's name for it, the same on both sides: ``"pc.ram"``.
+    name: str
+    #: Bytes.
+    size: int
+    #: Bytes of a page of what backs it: more than the kernel's own are huge pages.
+    page_size: int
+    #: Whether other processes can share it (``share=on``); ``None``: QEMU does not say.
+    shared: bool | None = None
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a feature may know of the process of a guest's QEMU."""
+
+    pid: int
+    uid: int
+    #: Bytes that it may lock in memory (RLIMIT_MEMLOCK, the soft limit); ``None``: no limit,
+    #: also because it has CAP_IPC_LOCK.
+    memlock: int | None
+    #: Whether the system call ``userfaultfd`` gives it one that handles the kernel's faults
+    #: too: for CAP_SYS_PTRACE, or with ``vm.unprivileged_userfaultfd`` at 1.
+    userfaultfd: bool
+    #: Whether it may open ``/dev/userfaultfd``, which gives it one as well.
+    userfaultfd_device: bool
 
 
 @dataclass(frozen=True)
 class GuestFacts:
-    """What a feature may know of the guest on its own side."""
+    """What a feature may know of the guest on its own side.
+
+    What cannot be found out is ``None``, or absent, and no reason to refuse anything: the
+    QEMU is tried in the end.
+    """
 
     name: str
     #: Which kind of guest: ``"qemu"``.
@@ -132,6 +192,17 @@ class GuestFacts:
     capabilities: Mapping[str, bool]
     #: The migration parameters that this QEMU knows, with their present values.
     parameters: Mapping[str, Any]
+    #: Bytes of RAM, hot-plugged ones included.
+    memory: int | None = None
+    #: The named blocks of its RAM, by name.
+    ram: tuple[RamBlock, ...] = ()
+    #: Why this QEMU does not let its guest be moved at all, in its own words.
+    blockers: tuple[str, ...] = ()
+    #: Types of QEMU's object model that depend on how it was built, and whether this
+    #: QEMU has them: ``"qio-channel-rdma"``, ``"tls-creds-x509"``.
+    types: Mapping[str, bool] = field(default_factory=dict)
+    #: Its QEMU's process; ``None`` where it cannot be looked at from here.
+    process: Process | None = None
 
 
 @dataclass(frozen=True)

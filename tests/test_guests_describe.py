@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
 from twisted.internet import reactor
 from twisted.trial.unittest import SynchronousTestCase
 
+from qmigd.guests import builds
+from qmigd.guests.builds import TYPES
 from qmigd.guests.describe import parse_ram_blocks
 from qmigd.guests.qemu import QemuGuest
+from qmigd.interfaces import GuestFacts, RamBlock
 from tests.rig.case import RigCase
+from tests.rig.guest import Guest
 from tests.rig.qemus import LABELS, require
+
+SWITCH = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 #: A guest with some of everything.
 DEVICES = (
@@ -40,14 +51,21 @@ class RamBlockTests(SynchronousTestCase):
             "                            4 KiB  0x0000000000000000 0x0000000000100000"
             " 0x0000000000100000\r\n"
             "            huge         1 GiB  0x0 0x40000000 0x40000000\r\n"
+            "      /objects/m         2 MiB  0x0 0x4000000 0x4000000\r\n"
         )
-        wanted = [
-            {"name": "/rom@etc/acpi/tables", "size": 2 << 20},
-            {"name": "huge", "size": 1 << 30},
-            {"name": "pc.ram", "size": 64 << 20},
+        wanted = (
+            RamBlock("/objects/m", 64 << 20, 2 << 20, True),
+            RamBlock("/rom@etc/acpi/tables", 2 << 20, 4096),
+            RamBlock("huge", 1 << 30, 1 << 30),
+            RamBlock("pc.ram", 64 << 20, 4096, False),
+        )
+        backends: list[dict[str, Any]] = [
+            {"id": "m", "share": True},
+            {"id": "pc.ram", "share": False},
+            {"size": 1},
         ]
-        self.assertEqual(parse_ram_blocks(text), wanted)
-        self.assertEqual(parse_ram_blocks(""), [])
+        self.assertEqual(parse_ram_blocks(text, backends), wanted)
+        self.assertEqual(parse_ram_blocks(""), ())
 
 
 class DescribeTests(RigCase):
@@ -121,3 +139,129 @@ class DescribeTests(RigCase):
             held.detach()
         self.assertEqual(described["machine"], "isapc")
         self.assertEqual(described["devices"], [])
+
+
+#: A device that no QEMU moves: its memory is shared with others.
+IVSHMEM = (
+    "-object", "memory-backend-ram,id=shared,size=1M,share=on",
+    "-device", "ivshmem-plain,memdev=shared",
+)  # fmt: skip
+
+
+class FactsTests(RigCase):
+    """What features are told of a guest, its QEMU and that one's process."""
+
+    async def facts(self, guest: Guest) -> GuestFacts:
+        held = QemuGuest(reactor, guest.name, f"unix:{guest.qmp_path}")
+        await held.attach()
+        try:
+            return (await held.examine()).facts
+        finally:
+            held.detach()
+
+    async def test_ram(self) -> None:
+        """Its size, its blocks' pages, and which of them is shared, on every QEMU."""
+        extra = (
+            "-object",
+            "memory-backend-memfd,id=ram0,size=64M",
+            "-machine",
+            "memory-backend=ram0",
+        )
+        for label in LABELS:
+            plain = await self.facts(self.guest(require(label), "plain").start())
+            self.assertEqual(plain.memory, 64 << 20)
+            self.assertIn(RamBlock("pc.ram", 64 << 20, 4096, False), plain.ram)
+            shared = await self.facts(self.guest(require(label), "shared", extra=extra).start())
+            self.assertIn(RamBlock("ram0", 64 << 20, 4096, True), shared.ram)
+
+    async def test_blockers(self) -> None:
+        """A device that cannot be moved is named in QEMU's words, and none is none."""
+        for label in LABELS:
+            guest = self.guest(require(label), "stuck", extra=IVSHMEM).start()
+            (blocker,) = (await self.facts(guest)).blockers
+            self.assertIn("ivshmem", blocker)
+        self.assertEqual((await self.facts(self.guest(require("7.2")).start())).blockers, ())
+
+    async def test_types(self) -> None:
+        """Debian's QEMUs have RDMA and TLS; a type that there is not is known as that."""
+        for label in LABELS:
+            guest = self.guest(require(label), "built").start()
+            self.assertEqual((await self.facts(guest)).types, dict.fromkeys(TYPES, True))
+        self.patch(builds, "TYPES", ("qio-channel-rdma", "no-such-type", "virtio-net-pci"))
+        self.patch(builds, "_known", {})
+        self.assertEqual(
+            (await self.facts(guest)).types,
+            {"qio-channel-rdma": True, "no-such-type": False, "virtio-net-pci": True},
+        )
+
+    def started_by(self, *prefix: str) -> Guest:
+        """Start a QEMU by another program, and let everybody at its sockets."""
+        qemu = require("7.2")
+        qemu = dataclasses.replace(qemu, argv=(*prefix, *qemu.argv))
+        guest = self.guest(qemu, "guest")
+        os.chmod(guest.directory, 0o777)
+        for name in ("rig", "serial"):
+            os.chmod(f"{guest.directory}/{name}", 0o777)
+        return guest.start()
+
+    async def test_process(self) -> None:
+        """Whose it is, and what it may: locked memory and userfaultfd."""
+        if os.getuid() or not shutil.which("setpriv"):
+            raise SkipTest("another user's QEMU can be started by root only")
+        guest = self.started_by(
+            *("prlimit", "--memlock=123456:200000"),
+            *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"),
+        )
+        process = (await self.facts(guest)).process
+        assert process is not None
+        self.assertEqual((process.pid, process.uid), (guest.process.pid, 65534))
+        self.assertEqual(process.memlock, 123456)
+        self.assertIs(process.userfaultfd, SWITCH.read_text().strip() == "1")
+        self.assertFalse(process.userfaultfd_device)
+        root = (await self.facts(self.started_by("prlimit", "--memlock=123456"))).process
+        assert root is not None
+        self.assertEqual((root.uid, root.memlock, root.userfaultfd), (0, None, True))
+
+    async def test_process_in_a_user_namespace(self) -> None:
+        """What it has there by capability counts for nothing with the kernel."""
+        prefix = ("unshare", "--user", "--map-root-user")
+        if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode:
+            raise SkipTest("this host makes no user namespaces for this user")
+        process = (
+            await self.facts(self.started_by("prlimit", "--memlock=123456", *prefix))
+        ).process
+        assert process is not None
+        self.assertEqual(process.memlock, 123456)
+        self.assertIs(process.userfaultfd, SWITCH.read_text().strip() == "1")
+
+    async def test_proxy(self) -> None:
+        """Behind a proxy nothing is known of the process, and all else is."""
+        guest = self.guest(require("7.2")).start()
+        path = f"{guest.directory}/proxy"
+        script = (
+            "import socket, sys, threading\n"
+            "one = socket.socket(socket.AF_UNIX); one.bind(sys.argv[2]); one.listen()\n"
+            "print(flush=True)\n"
+            "here, _ = one.accept()\n"
+            "there = socket.socket(socket.AF_UNIX); there.connect(sys.argv[1])\n"
+            "def copy(a, b):\n"
+            "    while data := a.recv(65536): b.sendall(data)\n"
+            "threading.Thread(target=copy, args=(there, here), daemon=True).start()\n"
+            "copy(here, there)\n"
+        )
+        proxy = subprocess.Popen(
+            [sys.executable, "-c", script, guest.qmp_path, path], stdout=subprocess.PIPE
+        )
+        self.addCleanup(proxy.wait)
+        self.addCleanup(proxy.kill)
+        assert proxy.stdout is not None
+        with proxy.stdout:
+            proxy.stdout.readline()
+        held = QemuGuest(reactor, "guest", f"unix:{path}")
+        await held.attach()
+        try:
+            facts = (await held.examine()).facts
+        finally:
+            held.detach()
+        self.assertIsNone(facts.process)
+        self.assertEqual(facts.memory, 64 << 20)

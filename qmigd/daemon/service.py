@@ -43,6 +43,7 @@ from ..transports.uri import Address
 from ..wire.greeting import TLS
 from .commands import Commands
 from .config import Config, load, unknown_names
+from .host import gather
 from .journal import FileJournal
 from .monitor import Monitor
 from .registry import GuestRegistry
@@ -228,7 +229,7 @@ class QmigdService(Service):
 
 def _host(config: Config) -> Host:
     """Find out what this host can do."""
-    facts = Host(cpus=len(os.sched_getaffinity(0)))
+    facts = gather()
     if config.tls_policy == "off":
         if config.tls is not None:
             facts = replace(facts, tls=No("switched off in [policy]"))

@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
+from qmigd.interfaces import RamBlock
 from qmigd.qmp.client import QMPClient, QMPRefusal
 from qmigd.waiting import together
 
-__all__ = ["describe", "parse_ram_blocks"]
+__all__ = ["Description", "describe", "parse_ram_blocks"]
 
 _PERIPHERAL = "/machine/peripheral"
 _ANONYMOUS = "/machine/peripheral-anon"
@@ -37,8 +39,11 @@ _FIRST_CPU = "/machine/unattached/device[0]"
 
 # Name, page size, offset, used length, length; newer QEMUs have more columns.
 _RAM_BLOCK = re.compile(
-    r"\s*(\S.*?)\s+\d+ [KMGT]?i?B\s+0x[0-9a-f]+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\b"
+    r"\s*(\S.*?)\s+(\d+) ([KMGT]?)i?B\s+0x[0-9a-f]+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\b"
 )
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+#: Where QEMU has the objects of its command line; a RAM block may bear such a path as its name.
+_OBJECTS = "/objects/"
 
 _Json = dict[str, Any]
 
@@ -56,8 +61,26 @@ def _get(client: QMPClient, path: str, name: str) -> Deferred[Any]:
     return _ask(client, "qom-get", path=path, property=name)
 
 
-async def describe(client: QMPClient) -> tuple[_Json, dict[str, bool]]:
-    """Return the description of the guest, and all migration capabilities of its QEMU.
+@dataclass(frozen=True)
+class Description:
+    """What there is to know of a guest.
+
+    :ivar body: what a preflight compares, JSON.
+    :ivar capabilities: all migration capabilities of its QEMU.
+    :ivar ram: the blocks of its RAM.
+    :ivar blockers: why its QEMU does not let it be moved.
+    :ivar thread: the thread of its first CPU, as its QEMU's PID namespace numbers it.
+    """
+
+    body: _Json
+    capabilities: Mapping[str, bool]
+    ram: tuple[RamBlock, ...]
+    blockers: tuple[str, ...]
+    thread: int | None
+
+
+async def describe(client: QMPClient) -> Description:
+    """Ask a QEMU for the description of its guest.
 
     Everything is asked at once; QEMU answers in order.  Each question costs it some
     0.3 ms, so none is asked twice.
@@ -71,6 +94,8 @@ async def describe(client: QMPClient) -> tuple[_Json, dict[str, bool]]:
             _ask(client, "query-migrate-capabilities"),
             _ask(client, "query-memory-size-summary"),
             _ask(client, "human-monitor-command", **{"command-line": "info ramblock"}),
+            _ask(client, "query-memdev"),
+            _ask(client, "query-migrate"),
             _ask(client, "query-cpus-fast"),
             _get(client, _FIRST_CPU, "type"),
             _ask(client, "query-block"),
@@ -79,7 +104,9 @@ async def describe(client: QMPClient) -> tuple[_Json, dict[str, bool]]:
             _ask(client, "qom-list", path=_ANONYMOUS),
         ]
     )
-    kind, uuid, switches, memory, blocks, cpus, cpu, drives, pci, named, anonymous = answers
+    kind, uuid, switches, memory, blocks, backends, progress = answers[:7]
+    cpus, cpu, drives, pci, named, anonymous = answers[7:]
+    ram = parse_ram_blocks(blocks or "", backends or ())
     capabilities = {entry["capability"]: entry["state"] for entry in switches or ()}
     version = client.greeting["version"]["qemu"]
     found: _Json = {"qemu": "{major}.{minor}.{micro}".format_map(version)}
@@ -92,23 +119,37 @@ async def describe(client: QMPClient) -> tuple[_Json, dict[str, bool]]:
     if memory:
         found["memory"] = memory["base-memory"] + memory.get("plugged-memory", 0)
     if blocks:
-        found["ram-blocks"] = parse_ram_blocks(blocks)
+        found["ram-blocks"] = [{"name": block.name, "size": block.size} for block in ram]
     if cpus:
         found |= await _cpus(client, cpus, cpu)
     if named is not None:
         found["devices"] = await _devices(client, named, anonymous or (), pci or ())
     if drives is not None:
         found["drives"] = [_drive(number, drive) for number, drive in enumerate(drives)]
-    return found, capabilities
+    blockers = (progress or {}).get("blocked-reasons", ())
+    thread = cpus[0].get("thread-id") if cpus else None
+    return Description(found, capabilities, ram, tuple(blockers), thread)
 
 
-def parse_ram_blocks(text: str) -> list[_Json]:
-    """Return name and full size in bytes of each block in HMP's ``info ramblock``, by name."""
+def parse_ram_blocks(text: str, backends: Sequence[_Json] = ()) -> tuple[RamBlock, ...]:
+    """Return the named blocks in HMP's ``info ramblock``, by name, with their full sizes.
+
+    :param backends: QEMU's memory backends (``query-memdev``), which know what is shared.
+    """
+    shared = {backend["id"]: backend.get("share") for backend in backends if "id" in backend}
     blocks = []
     for line in text.splitlines():
         if match := _RAM_BLOCK.match(line):
-            blocks.append({"name": match[1], "size": int(match[2], 16)})
-    return sorted(blocks, key=lambda block: block["name"])
+            name, pages, unit, size = match.groups()
+            blocks.append(
+                RamBlock(
+                    name,
+                    int(size, 16),
+                    int(pages) * _UNITS[unit],
+                    shared.get(name.removeprefix(_OBJECTS)),
+                )
+            )
+    return tuple(sorted(blocks, key=lambda block: block.name))
 
 
 async def _cpus(client: QMPClient, cpus: Sequence[_Json], model: str | None) -> _Json:

@@ -18,7 +18,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
-from qmigd.guests import describe, schema
+from qmigd.guests import builds, describe, process, schema
 from qmigd.guests.quirks import SEVERAL_CHANNELS
 from qmigd.interfaces import Examined, GuestFacts, Settings, Tunable
 from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal, connect
@@ -126,23 +126,31 @@ class QemuGuest:
     async def examine(self) -> Examined:
         client = self.client
         # All at once: QEMU answers in order, and nobody waits in between.
-        (description, capabilities), parameters, status = await together(
+        described, types, parameters, status = await together(
             [
                 Deferred.fromCoroutine(describe.describe(client)),
+                Deferred.fromCoroutine(builds.types(client)),
                 client.execute("query-migrate-parameters"),
                 client.execute("query-status"),
             ]
         )
         version = client.greeting["version"]["qemu"]
+        body, thread = described.body, described.thread
+        pid = process.peer(client.transport)
         facts = GuestFacts(
             name=self.name,
             backend=self.backend,
             version=(version["major"], version["minor"], version["micro"]),
-            machine=description.get("machine", ""),
-            capabilities=capabilities,
+            machine=body.get("machine", ""),
+            capabilities=described.capabilities,
             parameters=parameters,
+            memory=body.get("memory"),
+            ram=described.ram,
+            blockers=described.blockers,
+            types=types,
+            process=process.look(pid, thread) if pid and thread else None,
         )
-        return Examined(facts, status["status"], {"name": self.name, **description})
+        return Examined(facts, status["status"], {"name": self.name, **body})
 
     async def tunables(self) -> list[Tunable]:
         client = self.client
