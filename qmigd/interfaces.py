@@ -37,9 +37,17 @@ from typing import Any, Literal, Protocol
 from zope.interface import Attribute, Interface, implementer
 
 __all__ = [
+    "CONFLICT",
     "DIRECT",
+    "GUEST",
     "HANDOVER",
+    "HOST",
+    "KERNEL",
+    "PATH",
     "PATHS",
+    "PLACES",
+    "POLICY",
+    "QEMU",
     "RELAY",
     "Answer",
     "Channels",
@@ -70,6 +78,17 @@ HANDOVER = "handover"
 RELAY = "relay"
 PATHS = (HANDOVER, DIRECT, RELAY)
 
+#: Where an obstacle is, as users are told.  The first four are on one side: the machine
+#: and what is plugged in, its kernel, the guest's QEMU with its process, the guest itself.
+HOST = "host"
+KERNEL = "kernel"
+QEMU = "QEMU"
+GUEST = "guest"
+POLICY = "policy"
+CONFLICT = "conflict"
+PATH = "path"
+PLACES = (HOST, KERNEL, QEMU, GUEST, POLICY, CONFLICT, PATH)
+
 
 @dataclass(frozen=True)
 class Yes:
@@ -81,9 +100,14 @@ class Yes:
 
 @dataclass(frozen=True)
 class No:
-    """The feature cannot be had, because ``reason`` (half a sentence, for people)."""
+    """The feature cannot be had, because ``reason`` (half a sentence, for people).
+
+    ``where`` is one of :data:`PLACES`; ``None`` stands for ``HOST`` in an answer of
+    ``probe_host``, and for ``QEMU`` in one of ``probe_guest``.
+    """
 
     reason: str
+    where: str | None = None
 
     def __bool__(self) -> bool:
         return False
@@ -95,13 +119,23 @@ Answer = Yes | No
 class Withdraw(Exception):
     """Raised in ``propose`` or ``answer``: this migration goes on without the feature.
 
-    Its one argument is the reason, half a sentence for people.
+    :ivar reason: half a sentence for people.
+    :ivar where: one of :data:`PLACES`; ``None`` stands for ``QEMU``.
     """
+
+    def __init__(self, reason: str, where: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.where = where
 
 
 class Rank(IntEnum):
-    """What a feature gains.  Where two exclude each other, the higher one is taken."""
+    """What a feature gains.  Where two exclude each other, the higher one is taken.
 
+    One that is ``ON_REQUEST`` is offered, but taken only if somebody prefers or requires it.
+    """
+
+    ON_REQUEST = 0
     SPEED = 1
     CERTAINTY = 2
     SECURITY = 3
@@ -154,6 +188,9 @@ class RamBlock:
     page_size: int
     #: Whether other processes can share it (``share=on``); ``None``: QEMU does not say.
     shared: bool | None = None
+    #: The kind of file system of the file that it is in, ``"ext4"``; ``None``: it is in no
+    #: file of its own, or that is not known.
+    filesystem: str | None = None
 
 
 @dataclass(frozen=True)

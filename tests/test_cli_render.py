@@ -107,6 +107,12 @@ class TableTests(SynchronousTestCase):
             ),
         )
 
+    def test_features_of_a_stuck_guest(self) -> None:
+        """That a guest cannot be moved at all stands below its features."""
+        feature = {"name": "multifd", "summary": "several channels", "offered": True}
+        text = render.features({"guest": "g", "features": [feature], "blocked-reasons": ["nvme"]})
+        self.assertTrue(text.endswith("\nthe guest cannot be moved  nvme"), text)
+
     def test_tunables(self) -> None:
         """Tunables have type, value, the values of an enum, and warnings."""
         text = render.tunables(

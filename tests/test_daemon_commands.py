@@ -296,12 +296,14 @@ class QueryTests(PairCase):
         alone = self.by_name(pair.here.execute("query-features", guest=NAME))
         self.assertFalse(alone["multifd"]["offered"])
         self.assertIn("xbzrle", alone["multifd"]["reason"])
+        self.assertEqual(alone["multifd"]["where"], "QEMU")
         self.assertTrue(alone["postcopy-ram"]["offered"])
         pair.source.set_capabilities("xbzrle", on=False)
         both = pair.here.execute("query-features", guest=NAME, uri=pair.there.uri)
         self.assertEqual((both["peer"], both["path"]), (pair.there.uri, "direct"))
         self.assertFalse(self.by_name(both)["multifd"]["selected"])
         self.assertIn("postcopy-ram", self.by_name(both)["multifd"]["reason"])
+        self.assertEqual(self.by_name(both)["multifd"]["where"], "conflict")
         # It was only a question.
         for guest in (pair.source, pair.destination):
             self.assertEqual(guest.migration(), "none")
@@ -316,11 +318,19 @@ class QueryTests(PairCase):
 
     def test_excluding_destination(self) -> None:
         """What the destination's operator excludes is not offered, and the source says so."""
+        wanted = {
+            "reason": "policy of the destination: it is excluded",
+            "where": "policy",
+            "side": "destination",
+        }
         pair = self.pair("7.2")
         pair.there.config["policy"] = {"exclude": ["postcopy-ram"]}
         pair.start()
         both = self.by_name(pair.here.execute("query-features", guest=NAME, uri=pair.there.uri))
-        self.assertIn("does not offer", both["postcopy-ram"]["reason"])
+        self.assertLessEqual(wanted.items(), both["postcopy-ram"].items())
+        # Where it is required, there is no plan, and so no word from the destination.
+        pair.begin("", require=["postcopy-ram"], exclude=[])
+        self.assertIn("destination host: its qmigd does not offer it", pair.failed(pair.here))
         self.assertTrue(both["multifd"]["selected"])
 
     def test_requiring_destination(self) -> None:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.errors import FeatureError, ProtocolError
-from qmigd.interfaces import DIRECT, HANDOVER, PATHS, RELAY
+from qmigd.interfaces import DIRECT, GUEST, HANDOVER, HOST, PATHS, PLACES, RELAY, No, Role
+from qmigd.negotiation.obstacles import Obstacle
 from qmigd.negotiation.plan import Plan
 from qmigd.negotiation.policy import Policy
-from qmigd.negotiation.select import choose
+from qmigd.negotiation.select import Choice, choose
 from qmigd.negotiation.terms import Conflict, Terms, Traits
 
 SECURITY, CERTAINTY, SPEED = 3, 2, 1
@@ -26,11 +27,17 @@ TRAITS = {
     "secret": Traits(SECURITY, excludes=frozenset({"wild"}), paths=frozenset({HANDOVER, RELAY})),
     "wild": Traits(SPEED, paths=frozenset({DIRECT})),
     "packed": Traits(SPEED, paths=frozenset({RELAY})),
+    "asked": Traits(0, excludes=frozenset({"many"})),
 }
 
 
 def terms(**said: object) -> Terms:
     return Terms(TRAITS, **said)  # type: ignore[arg-type]
+
+
+def said(choice: Choice) -> dict[str, str]:
+    """What users are told of those that were left out."""
+    return {name: str(obstacle) for name, obstacle in choice.left_out.items()}
 
 
 class FeatureChoiceTests(SynchronousTestCase):
@@ -47,7 +54,9 @@ class FeatureChoiceTests(SynchronousTestCase):
         conflict = Conflict(frozenset({"many", "sure"}), "this QEMU crashes")
         choice = choose(["many", "sure"], terms(), terms(conflicts=(conflict,)))
         self.assertEqual(choice.features, ("sure",))
-        self.assertEqual(choice.left_out, {"many": "not together with sure: this QEMU crashes"})
+        self.assertEqual(
+            said(choice), {"many": "conflict: not together with sure: this QEMU crashes"}
+        )
 
     def test_preference_turns_the_order_round(self) -> None:
         """What the source prefers is taken first, whatever its rank."""
@@ -58,7 +67,8 @@ class FeatureChoiceTests(SynchronousTestCase):
         self.assertEqual(choice.features, ("many",))
         self.assertIn("sure", choice.left_out)
         self.assertEqual(
-            choice.left_out["urgent"], "not together with many and sure: this QEMU crashes"
+            said(choice)["urgent"],
+            "conflict: not together with many and sure: this QEMU crashes",
         )
 
     def test_conflict_of_three_needs_all_three(self) -> None:
@@ -71,14 +81,19 @@ class FeatureChoiceTests(SynchronousTestCase):
         """What is required comes first, and what contradicts it is left out."""
         choice = choose(["secret", "wild"], terms(prefer=("secret",)), terms(require=("wild",)))
         self.assertEqual(choice.features, ("wild",))
-        self.assertEqual(choice.left_out, {"secret": "it cannot be combined with wild"})
+        self.assertEqual(said(choice), {"secret": "conflict: it cannot be combined with wild"})
 
     def test_required_that_cannot_be_had_refuses(self) -> None:
         """The error names the feature and the reason that is known for it."""
         error = self.assertRaises(
-            FeatureError, choose, ["sure"], terms(require=("many",)), terms(), {"many": "no CPU"}
+            FeatureError,
+            choose,
+            ["sure"],
+            terms(require=("many",)),
+            terms(),
+            {"many": Obstacle("no CPU", HOST, "source")},
         )
-        self.assertEqual(error.text, "many is required but cannot be had: no CPU")
+        self.assertEqual(error.text, "many is required but cannot be had: source host: no CPU")
 
     def test_two_required_that_conflict_refuse(self) -> None:
         """Two required features that exclude each other are an error, not a choice."""
@@ -90,7 +105,22 @@ class FeatureChoiceTests(SynchronousTestCase):
         """A feature whose requirement one side has given up is left out with that reason."""
         choice = choose(["urgent"], terms(), terms())
         self.assertEqual(choice.features, ())
-        self.assertEqual(choice.left_out, {"urgent": "it needs sure, which cannot be had"})
+        self.assertEqual(said(choice), {"urgent": "conflict: it needs sure, which cannot be had"})
+
+    def test_on_request(self) -> None:
+        """What gains nothing by itself is taken only if it is named, by either side."""
+        for source, destination in (
+            (terms(), terms(prefer=("asked",))),
+            (terms(require=("asked",)), terms()),
+        ):
+            choice = choose(["asked", "many"], source, destination)
+            self.assertEqual(choice.features, ("asked",))
+            self.assertEqual(said(choice), {"many": "conflict: it cannot be combined with asked"})
+        choice = choose(["asked", "many"], terms(), terms(prefer=("sure",)))
+        self.assertEqual(choice.features, ("many",))
+        self.assertIn(
+            "policy: it is offered, and taken only with '--prefer asked'", said(choice)["asked"]
+        )
 
     def test_traits_of_both_sides_count(self) -> None:
         """A feature excludes what either side's version of it excludes."""
@@ -125,7 +155,9 @@ class PathChoiceTests(SynchronousTestCase):
         """Two features without a common path: the lower one is left out and says so."""
         choice = choose(["packed", "wild"], terms(), terms())
         self.assertEqual(choice.features, ("packed",))
-        self.assertEqual(choice.left_out, {"wild": "no open path carries it together with packed"})
+        self.assertEqual(
+            said(choice), {"wild": "path: no open path carries it together with packed"}
+        )
 
     def test_required_path_leaves_features_out(self) -> None:
         choice = choose(["many", "sure"], terms(require=(HANDOVER,)), terms())
@@ -261,6 +293,41 @@ class PolicyTests(SynchronousTestCase):
 
     def test_unknown_names(self) -> None:
         self.assertEqual(Policy(("a",), ("b",), ("c",)).unknown(["b"]), ("a", "c"))
+
+
+class ObstacleTests(SynchronousTestCase):
+    """The one form of all reasons."""
+
+    def test_form(self) -> None:
+        """Whose it is stands before where it is, and nobody's has no side."""
+        sides: tuple[Role | None, ...] = ("source", None)
+        shown = {
+            (side, place): str(Obstacle("no", place, side)) for side in sides for place in PLACES
+        }
+        for place in ("host", "kernel", "QEMU", "guest"):
+            self.assertEqual(shown["source", place], f"source {place}: no")
+        self.assertEqual(shown["source", "policy"], "policy of the source: no")
+        for place in ("conflict", "path"):
+            self.assertEqual(shown["source", place], f"{place}: no")
+        for place in PLACES:
+            self.assertEqual(shown[None, place], f"{place}: no")
+
+    def test_place_of_an_answer(self) -> None:
+        """A feature says where, or leaves it to the moment at which it was asked."""
+        self.assertEqual(Obstacle.of(No("a", GUEST), HOST), Obstacle("a", GUEST))
+        self.assertEqual(Obstacle.of(No("a"), HOST, "source"), Obstacle("a", HOST, "source"))
+
+    def test_wire_form(self) -> None:
+        """What comes over the wire is the peer's; a place of the future is its QEMU."""
+        one = Obstacle("no", GUEST, "destination")
+        self.assertEqual(Obstacle.from_wire(one.to_wire("why"), "why", "destination"), one)
+        strange: tuple[object, ...] = ("future", 7, None, [])
+        for where in strange:
+            body = {"why": "no", "where": where}
+            self.assertEqual(
+                Obstacle.from_wire(body, "why", "source"), Obstacle("no", "QEMU", "source")
+            )
+        self.assertRaises(ProtocolError, Obstacle.from_wire, {"why": 1}, "why", "source")
 
 
 class PlanTests(SynchronousTestCase):

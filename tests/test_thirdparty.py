@@ -186,7 +186,7 @@ class ThirdPartyTests(RigCase):
         left_out = {one["name"]: one["reason"] for one in plan["left-out"]}
         for name in (_DEFLATE, _CONVERGE):
             self.assertNotIn(name, plan["features"])
-            self.assertEqual("destination: its qmigd does not offer it", left_out[name])
+            self.assertEqual("destination host: its qmigd does not offer it", left_out[name])
         self.check(here, there)
 
     def test_source_without(self) -> None:

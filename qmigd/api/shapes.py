@@ -6,7 +6,7 @@ Sizes are in bytes, times in milliseconds, and points in time in seconds since
 
 from __future__ import annotations
 
-from ..interfaces import PATHS
+from ..interfaces import PATHS, PLACES
 from .declare import (
     ANY,
     BOOL,
@@ -31,6 +31,7 @@ __all__ = [
     "MIGRATE",
     "MIGRATION",
     "PATH",
+    "PLACE",
     "PLAN",
     "RAM",
     "ROLE",
@@ -42,6 +43,12 @@ __all__ = [
 
 ROLE = Enum("Role", ("source", "destination"))
 PATH = Enum("Path", PATHS)
+PLACE = Enum("Place", PLACES)
+
+_WHERE = (
+    Member("where", PLACE, "Where that is.", optional=True),
+    Member("side", ROLE, "On which side, if on one of them.", optional=True),
+)
 
 ERROR = Struct(
     "ErrorInfo",
@@ -128,6 +135,7 @@ FEATURE = Struct(
         Member("offered", BOOL, "This host (and the guest, if one was named) can do it."),
         Member("selected", BOOL, "A migration to that peer would use it.", optional=True),
         Member("reason", STR, "Why it is not offered, or not selected.", optional=True),
+        *_WHERE,
     ),
 )
 
@@ -139,6 +147,12 @@ FEATURES = Struct(
         Member("peer", STR, "The peer that was asked.", optional=True),
         Member("path", PATH, "The path that the stream would take.", optional=True),
         Member("path-reason", STR, "Why that one.", optional=True),
+        Member(
+            "blocked-reasons",
+            ListOf(STR),
+            "Why the guest cannot be moved at all, in its QEMU's words.",
+            optional=True,
+        ),
         Member("features", ListOf(FEATURE), "Every feature that this daemon has."),
         Member(
             "warnings",
@@ -178,6 +192,7 @@ LEFT_OUT = Struct(
     (
         Member("name", STR, "The feature."),
         Member("reason", STR, "Why it was left out."),
+        *_WHERE,
     ),
 )
 

@@ -149,6 +149,10 @@ def features(answer: _Json, width: int | None = None) -> str:
             state = "offered" if feature["offered"] else "no"
         rows.append((feature["name"], state, feature.get("reason") or feature["summary"]))
     table = _table(("FEATURE", "", ""), rows, width)
+    for blocker in answer.get("blocked-reasons", ()):
+        table += "\n" + "\n".join(
+            _hanging("the guest cannot be moved  ", clean(blocker), 27, width)
+        )
     if "path" in answer:
         path = f"{answer['path']}: {answer.get('path-reason', '')}".rstrip(": ")
         table += "\n" + "\n".join(_hanging("path  ", clean(path), 6, width))

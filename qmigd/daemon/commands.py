@@ -16,10 +16,11 @@ from twisted.internet.defer import Deferred
 from .. import __version__
 from ..api import COMMANDS, nearest, schema
 from ..errors import ArgumentError, GuestNotFound, MigrationError
-from ..interfaces import PATHS, Guest, GuestFacts, No, Role, Tunable
-from ..migration.listening import offered
+from ..interfaces import PATHS, QEMU, Guest, GuestFacts, No, Role, Tunable
+from ..migration.offer import not_offered
 from ..migration.services import Services
 from ..migration.source import Outgoing, new_id
+from ..negotiation.obstacles import Obstacle
 from ..negotiation.policy import Policy
 from ..transports.uri import parse_uri
 from ..wire.greeting import VERSION
@@ -76,11 +77,23 @@ class Commands:
         elif guest is not None:
             answer = await self._guest_features(guest)
         elif uri is None:
-            answer = {"features": [self._host_feature(name) for name in self._services.features]}
+            answer = {"features": self._described(not_offered(self._services))}
         else:
             raise ArgumentError("query-features: 'uri' goes with 'guest'")
         if warnings := self._warnings():
             answer["warnings"] = warnings
+        return answer
+
+    async def _guest_features(self, guest: str) -> dict[str, Any]:
+        async with self._guests.borrowed(guest) as held:
+            examined = await held.examine()
+        role: Role = "destination" if examined.status == "inmigrate" else "source"
+        answer: dict[str, Any] = {
+            "guest": guest,
+            "features": self._described(self._obstacles(examined.facts, role)),
+        }
+        if examined.facts.blockers:
+            answer["blocked-reasons"] = list(examined.facts.blockers)
         return answer
 
     def _warnings(self) -> list[str]:
@@ -90,32 +103,20 @@ class Commands:
         now = datetime.fromtimestamp(self._services.reactor.seconds(), UTC)
         return credentials.current.warnings(now)
 
-    def _host_feature(self, name: str) -> dict[str, Any]:
-        feature = self._services.features[name]
-        answer = feature.probe_host(self._services.host)
-        reason = answer.reason if isinstance(answer, No) else None
-        if name in self._services.policy.exclude:
-            reason = "excluded by the policy"
-        return _feature(name, feature.summary, reason)
+    def _described(self, obstacles: Mapping[str, Obstacle]) -> list[dict[str, Any]]:
+        return [
+            _feature(name, feature.summary, obstacles.get(name))
+            for name, feature in self._services.features.items()
+        ]
 
-    async def _guest_features(self, guest: str) -> dict[str, Any]:
-        async with self._guests.borrowed(guest) as held:
-            examined = await held.examine()
-        facts, waits = examined.facts, examined.status == "inmigrate"
-        return {
-            "guest": guest,
-            "features": [
-                self._guest_feature(name, facts, waits) for name in self._services.features
-            ],
-        }
-
-    def _guest_feature(self, name: str, facts: GuestFacts, waits: bool) -> dict[str, Any]:
-        entry = self._host_feature(name)
-        role: Role = "destination" if waits else "source"
-        answer = self._services.features[name].probe_guest(facts, role)
-        if entry["offered"] and isinstance(answer, No):
-            return _feature(name, entry["summary"], answer.reason)
-        return entry
+    def _obstacles(self, facts: GuestFacts, role: Role) -> dict[str, Obstacle]:
+        """What stands in the way here, with this guest."""
+        found = not_offered(self._services)
+        for name, feature in self._services.features.items():
+            answer = feature.probe_guest(facts, role)
+            if name not in found and isinstance(answer, No):
+                found[name] = Obstacle.of(answer, QEMU)
+        return found
 
     async def _pair_features(
         self, guest: str, uri: str, tls_hostname: str | None
@@ -127,9 +128,10 @@ class Commands:
         )
         plan = await outgoing.probe(self._guests.take(guest, record.id))
         features = []
+        here = not_offered(self._services)
         for name, feature in self._services.features.items():
             entry = _feature(name, feature.summary, plan.left_out.get(name))
-            entry["offered"] = name in offered(self._services)
+            entry["offered"] = name not in here
             entry["selected"] = name in plan.features
             features.append(entry)
         return {
@@ -233,10 +235,10 @@ class Commands:
         return await guest.checked(tunables) if tunables else {}
 
 
-def _feature(name: str, summary: str, reason: str | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": name, "summary": summary, "offered": reason is None}
-    if reason is not None:
-        entry["reason"] = reason
+def _feature(name: str, summary: str, obstacle: Obstacle | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "summary": summary, "offered": obstacle is None}
+    if obstacle is not None:
+        entry |= obstacle.to_json()
     return entry
 
 

@@ -47,10 +47,10 @@ class Multifd(Feature):
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
         if "multifd" not in guest.capabilities:
-            return No(f"this QEMU ({_version(guest)}) does not know it")
+            return No(f"it ({_version(guest)}) does not know the capability")
         for other in ("xbzrle", "mapped-ram", "x-ignore-shared"):
             if guest.capabilities.get(other):
-                return No(f"{other} has been switched on in this QEMU, which excludes it")
+                return No(f"{other} has been switched on in it, which excludes this")
         return Yes()
 
     def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Multifd(Feature):
         if "compression" in proposal:
             compression = proposal["compression"]
             if COMPRESSION not in guest.parameters and compression != "none":
-                raise Withdraw(f"this QEMU ({_version(guest)}) cannot compress its channels")
+                raise Withdraw(f"it ({_version(guest)}) cannot compress its channels")
             if COMPRESSION in guest.parameters:
                 agreement["compression"] = compression
         return agreement

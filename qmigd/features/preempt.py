@@ -36,7 +36,7 @@ class Preempt(Feature):
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
         if "postcopy-preempt" not in guest.capabilities:
-            return No("this QEMU does not know it")
+            return No("it does not know the capability")
         return Yes()
 
     def settings(self, agreement: Mapping[str, Any], role: Role) -> Settings:

@@ -16,8 +16,9 @@ from twisted.internet.defer import Deferred
 
 from ..errors import DeadlineError, FeatureError, GuestError, GuestGone, ProtocolError
 from ..handshake.events import FeatureSaid, GuestDescribed, PrepareAsked, Selected, Started
-from ..interfaces import DIRECT, PATHS, GuestFacts, No, Settings, Withdraw
+from ..interfaces import DIRECT, PATHS, QEMU, GuestFacts, No, Settings, Withdraw
 from ..negotiation.agree import build_plan
+from ..negotiation.obstacles import Obstacle
 from ..negotiation.plan import Plan
 from ..negotiation.terms import Terms, Traits, expect
 from ..wire.greeting import TLS
@@ -25,6 +26,7 @@ from ..wire.role import SECRET_SIZE
 from . import preflight
 from .control import Control
 from .move import Move
+from .offer import not_offered
 from .services import Services
 from .settings import settings_for, settings_to_wire
 
@@ -56,7 +58,7 @@ class Answering(Move):
         self.host = str(getattr(control.transport.getHost(), "host", ""))
         self.selected = selected.features
         self.taking: Deferred[GuestFacts] | None = None
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, Obstacle] = {}
         self.plan: Plan | None = None
         self.secret = b""
         self.run = True
@@ -89,7 +91,9 @@ class Answering(Move):
                 self._described(said.description)
             elif isinstance(said, FeatureSaid):
                 if said.withdrawn is not None:
-                    self.left_out[said.name] = f"source: {said.withdrawn}"
+                    self.left_out[said.name] = Obstacle.from_wire(
+                        said.parameters, "withdrawn", "source"
+                    )
                 else:
                     self._proposals[said.name] = said.parameters
             elif isinstance(said, PrepareAsked):
@@ -180,6 +184,8 @@ class Answering(Move):
                 agreements = {name: agreements[name] for name in agreements if name not in refused}
         self.plan = self.record.plan = plan
         prepared: dict[str, Any] = {"plan": plan.to_wire(), "terms": terms.to_wire()}
+        if refused := not_offered(services):
+            prepared["not-offered"] = {name: one.to_wire("reason") for name, one in refused.items()}
         if probe:
             await self.put_back()
         else:
@@ -190,7 +196,7 @@ class Answering(Move):
             if name in agreements:
                 machine.feature(name, agreements[name])
             elif name in self._proposals:
-                machine.feature(name, {"withdrawn": self.left_out[name]})
+                machine.feature(name, self.left_out[name].to_wire("withdrawn"))
         machine.prepared(prepared)
         self.control.flush()
 
@@ -202,10 +208,10 @@ class Answering(Move):
             answer = feature.probe_guest(facts, "destination")
             try:
                 if isinstance(answer, No):
-                    raise Withdraw(answer.reason)
+                    raise Withdraw(answer.reason, answer.where)
                 agreements[name] = feature.answer(facts, self.services.host, proposal)
             except Withdraw as withdrawal:
-                self.left_out[name] = str(withdrawal)
+                self.left_out[name] = Obstacle.of(withdrawal, QEMU, "destination")
             except ValueError as error:
                 raise ProtocolError(
                     f"the source's parameters for {name} make no sense: {error}", code="feature"
@@ -215,11 +221,11 @@ class Answering(Move):
     async def _set_up(self, plan: Plan, facts: GuestFacts) -> Settings:
         return await self.set_up_plan(plan, facts, "destination", lambda: self.note("prepared"))
 
-    async def _refused(self, plan: Plan, facts: GuestFacts) -> dict[str, str]:
+    async def _refused(self, plan: Plan, facts: GuestFacts) -> dict[str, Obstacle]:
         """The features of a plan that QEMU does not take by themselves, and what it says."""
         assert self.guest is not None
         features = self.services.features
-        refused: dict[str, str] = {}
+        refused: dict[str, Obstacle] = {}
         # Those that need no other one first: where one falls, those that need it do as well.
         for name in sorted(plan.features, key=lambda name: len(features[name].requires)):
             members = [name]
@@ -235,7 +241,7 @@ class Answering(Move):
             except GuestError as error:
                 if _lost(error):
                     raise
-                refused[name] = error.text
+                refused[name] = Obstacle(error.text, QEMU, "destination")
         return refused
 
     def _source_facts(self, here: GuestFacts) -> GuestFacts:

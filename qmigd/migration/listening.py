@@ -17,21 +17,13 @@ from ..handshake.destination import DestinationHandshake
 from ..handshake.events import Asked, ChannelOpened, Event, Failed, Selected
 from .control import Control
 from .destination import Incoming
+from .offer import offered
 from .security import kernel_does_tls
 from .services import Services
 
-__all__ = ["IncomingConnection", "IncomingFactory", "offered"]
+__all__ = ["IncomingConnection", "IncomingFactory"]
 
 log = Logger()
-
-
-def offered(services: Services) -> list[str]:
-    """The features that this host's greeting offers."""
-    return [
-        name
-        for name, feature in services.features.items()
-        if name not in services.policy.exclude and feature.probe_host(services.host)
-    ]
 
 
 class IncomingFactory(Factory):

@@ -22,8 +22,18 @@ from ..channels.secured import TlsSide
 from ..errors import FeatureError, GuestError, MigrationError, ProtocolError
 from ..handshake.events import FeatureSaid, Prepared, Secured
 from ..handshake.source import SourceHandshake
-from ..interfaces import HANDOVER, PATHS, GuestFacts, No, Settings, Withdraw
+from ..interfaces import (
+    HANDOVER,
+    HOST,
+    PATHS,
+    QEMU,
+    GuestFacts,
+    No,
+    Settings,
+    Withdraw,
+)
 from ..negotiation.agree import build_plan
+from ..negotiation.obstacles import Obstacle
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Terms, Traits, expect
@@ -32,6 +42,7 @@ from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
 from .move import Move
+from .offer import not_offered
 from .security import kernel_does_tls
 from .services import Services
 from .settings import compare, settings_for, settings_from_wire
@@ -46,6 +57,9 @@ _NOT_MOVABLE = {
     "internal-error": "QEMU stopped it because of an internal error",
     "shutdown": "it has shut down",
 }
+
+#: Until the destination says more.
+_NOT_OFFERED = Obstacle("its qmigd does not offer it", HOST, "destination")
 
 
 class Cancelled(MigrationError):
@@ -83,7 +97,7 @@ class Proposing(Move):
         self.policy = policy
         self.tunables = tunables
         self.calling: Deferred[list[str]] | None = None
-        self.left_out: dict[str, str] = {}
+        self.left_out: dict[str, Obstacle] = {}
         self.control: Control | None = None
         self.plan: Plan | None = None
         self.secret = b""
@@ -129,22 +143,22 @@ class Proposing(Move):
         return candidates
 
     def _candidates(self, offered: tuple[str, ...]) -> list[str]:
+        self.left_out |= not_offered(self.services, self.policy, "source")
         candidates = []
-        for name, feature in self.services.features.items():
-            answer = feature.probe_host(self.services.host)
-            if name in self.policy.exclude:
-                self.left_out[name] = "excluded by the policy"
-            elif isinstance(answer, No):
-                self.left_out[name] = f"source host: {answer.reason}"
-            elif name == TLS and not self.hostname:
-                self.left_out[name] = (
-                    f"source: {self.uri} has no host name that a certificate could be for; say "
-                    f"which with 'tls-hostname'"
-                )
-            elif name not in offered:
-                self.left_out[name] = "destination: its qmigd does not offer it"
-            else:
+        if TLS not in self.left_out and not self.hostname:
+            self.left_out[TLS] = Obstacle(
+                f"{self.uri} has no host name that a certificate could be for; say which with "
+                f"'tls-hostname'",
+                HOST,
+                "source",
+            )
+        for name in self.services.features:
+            if name in self.left_out:
+                continue
+            if name in offered:
                 candidates.append(name)
+            else:
+                self.left_out[name] = _NOT_OFFERED
         self._check_required()
         return candidates
 
@@ -175,6 +189,11 @@ class Proposing(Move):
         if examined.status in _NOT_MOVABLE:
             why = _NOT_MOVABLE[examined.status]
             raise GuestError(f"guest {facts.name} cannot be moved: {why}")
+        if facts.blockers:
+            raise GuestError(
+                f"guest {facts.name} cannot be moved, says its QEMU: {'; '.join(facts.blockers)}",
+                code="guest-blocked",
+            )
         self.was_running = examined.status == "running"
         assert self.control is not None
         if self.control.failure is not None:
@@ -188,8 +207,8 @@ class Proposing(Move):
                 proposals[name] = self._propose(name, facts)
                 machine.feature(name, proposals[name])
             except Withdraw as withdrawal:
-                left_out[name] = f"source: {withdrawal}"
-                machine.feature(name, {"withdrawn": str(withdrawal)})
+                left_out[name] = Obstacle.of(withdrawal, QEMU, "source")
+                machine.feature(name, left_out[name].to_wire("withdrawn"))
         self._check_required()
         terms = Terms(
             {name: Traits.of(self.services.features[name]) for name in proposals},
@@ -212,7 +231,9 @@ class Proposing(Move):
                 break
             assert isinstance(said, FeatureSaid)
             if said.withdrawn is not None:
-                left_out[said.name] = f"destination: {said.withdrawn}"
+                left_out[said.name] = Obstacle.from_wire(
+                    said.parameters, "withdrawn", "destination"
+                )
             elif said.name in proposals:
                 self._accept(said, proposals[said.name])
                 agreements[said.name] = said.parameters
@@ -224,7 +245,7 @@ class Proposing(Move):
         feature = self.services.features[name]
         answer = feature.probe_guest(facts, "source")
         if isinstance(answer, No):
-            raise Withdraw(answer.reason)
+            raise Withdraw(answer.reason, answer.where)
         own = {key: value for key, value in self.tunables.items() if key in feature.tunables}
         return feature.propose(facts, self.services.host, own)
 
@@ -250,11 +271,14 @@ class Proposing(Move):
         body: Mapping[str, Any],
         terms: Terms,
         agreements: Mapping[str, Mapping[str, Any]],
-        left_out: Mapping[str, str],
+        left_out: dict[str, Obstacle],
         facts: GuestFacts,
     ) -> None:
         """Compute the plan, and see that the destination came to the same."""
         theirs = Terms.from_wire(expect(body, "terms", dict))
+        for name, said in expect(body, "not-offered", dict, {}).items():
+            if left_out.get(name) is _NOT_OFFERED and isinstance(said, dict):
+                left_out[name] = Obstacle.from_wire(said, "reason", "destination")
         plan = build_plan(self.services.features, agreements, terms, theirs, left_out)
         plan.verify(expect(body, "plan", dict))
         self.plan = self.record.plan = plan

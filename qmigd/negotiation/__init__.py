@@ -4,6 +4,8 @@
     what the local operator and the user of one migration ask for;
 ``terms``
     what one side lays on the table, and its form on the wire;
+``obstacles``
+    why a feature is not used, in one form;
 ``select``
     the choice of features and path out of both sides' terms;
 ``plan``

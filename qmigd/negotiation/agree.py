@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..interfaces import IFeature
+from .obstacles import Obstacle
 from .plan import MAIN, Plan
 from .select import choose
 from .terms import Terms
@@ -18,7 +19,7 @@ def build_plan(
     agreements: Mapping[str, Mapping[str, Any]],
     source: Terms,
     destination: Terms,
-    left_out: Mapping[str, str],
+    left_out: Mapping[str, Obstacle],
 ) -> Plan:
     """Return the plan that both sides come to.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ProtocolError
+from .obstacles import Obstacle
 
 __all__ = ["MAIN", "Plan"]
 
@@ -32,7 +33,7 @@ class Plan:
     agreements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     channels: tuple[tuple[str, int], ...] = (MAIN,)
     path_reason: str = ""
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, Obstacle] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
         """What both sides must have alike."""
@@ -49,7 +50,8 @@ class Plan:
             **self.to_wire(),
             "path-reason": self.path_reason,
             "left-out": [
-                {"name": name, "reason": reason} for name, reason in sorted(self.left_out.items())
+                {"name": name, **obstacle.to_json()}
+                for name, obstacle in sorted(self.left_out.items())
             ],
         }
 

@@ -5,7 +5,8 @@ those that somebody prefers (the source's wishes before the destination's), then
 by rank, security before certainty before speed, and by name where even that is
 equal.  A feature is taken together with those that it requires, if none of them
 excludes or contradicts what has been taken before, and if a path remains that
-carries all of them.  Whatever is not taken gets a reason.
+carries all of them.  One of the lowest rank is left out unless somebody names it.
+Whatever is not taken gets a reason.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import FeatureError
-from ..interfaces import DIRECT, HANDOVER, PATHS, RELAY
+from ..interfaces import CONFLICT, DIRECT, HANDOVER, PATH, PATHS, POLICY, RELAY, Rank
+from .obstacles import Obstacle
 from .terms import Conflict, Terms, Traits
 
 __all__ = ["Choice", "choose"]
@@ -39,14 +41,14 @@ class Choice:
     features: tuple[str, ...]
     path: str
     path_reason: str
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, Obstacle]
 
 
 def choose(
     candidates: Iterable[str],
     source: Terms,
     destination: Terms,
-    given_up: Mapping[str, str] | None = None,
+    given_up: Mapping[str, Obstacle] | None = None,
 ) -> Choice:
     """Choose out of ``candidates``, the features that neither side has given up.
 
@@ -65,22 +67,28 @@ def choose(
     conflicts = (*source.conflicts, *destination.conflicts)
 
     taken: dict[str, Traits] = {}
-    left_out: dict[str, str] = {}
+    left_out: dict[str, Obstacle] = {}
     for name in order:
         if name in taken:
             continue
+        if traits[name].rank <= Rank.ON_REQUEST and name not in (*require, *prefer):
+            left_out[name] = Obstacle(
+                f"it is offered, and taken only with '--prefer {name}' or if [policy] says so",
+                POLICY,
+            )
+            continue
         group = _with_required(name, traits)
-        reason = _obstacle(name, group, traits, taken, conflicts, paths)
-        if reason is None:
+        obstacle = _obstacle(name, group, traits, taken, conflicts, paths)
+        if obstacle is None:
             taken.update((member, traits[member]) for member in group)
-            left_out = {key: text for key, text in left_out.items() if key not in taken}
+            left_out = {key: one for key, one in left_out.items() if key not in taken}
         else:
-            left_out[name] = reason
+            left_out[name] = obstacle
 
     for name in require:
         if name not in taken and name not in PATHS:
             reason = left_out.get(name) or (given_up or {}).get(name)
-            reason = reason or "one of the two sides does not have it"
+            reason = reason or Obstacle("one of the two sides does not have it", CONFLICT)
             raise FeatureError(f"{name} is required but cannot be had: {reason}")
     path, path_reason = _best_path(paths, taken, prefer, require, source, destination)
     return Choice(tuple(sorted(taken)), path, path_reason, left_out)
@@ -132,25 +140,31 @@ def _obstacle(
     taken: Mapping[str, Traits],
     conflicts: Iterable[Conflict],
     paths: tuple[str, ...],
-) -> str | None:
+) -> Obstacle | None:
     for member in group:
         if member not in traits:
-            return f"it needs {member}, which cannot be had"
+            return Obstacle(f"it needs {member}, which cannot be had", CONFLICT)
     together = {**taken, **{member: traits[member] for member in group}}
     for member in group:
         for other, theirs in together.items():
             if other in traits[member].excludes or member in theirs.excludes:
-                return f"it cannot be combined with {other}"
+                return Obstacle(f"it cannot be combined with {other}", CONFLICT)
     for conflict in conflicts:
         if conflict.features <= together.keys() and not conflict.features <= taken.keys():
             others = sorted(conflict.features - {name})
-            return f"not together with {' and '.join(others)}: {conflict.reason}"
+            return Obstacle(
+                f"not together with {' and '.join(others)}: {conflict.reason}", CONFLICT
+            )
     if not _carriers(paths, together):
         carried = _carriers(paths, {member: traits[member] for member in group})
         if not carried:
             able = ", ".join(sorted(traits[name].paths)) or "none"
-            return f"it needs another path ({able}) than the open ones ({', '.join(paths)})"
-        return f"no open path carries it together with {' and '.join(sorted(taken))}"
+            return Obstacle(
+                f"it needs another path ({able}) than the open ones ({', '.join(paths)})", PATH
+            )
+        return Obstacle(
+            f"no open path carries it together with {' and '.join(sorted(taken))}", PATH
+        )
     return None
 
 
