@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -22,7 +19,9 @@ from qmigd.guests.qemu import QemuGuest
 from qmigd.interfaces import GuestFacts, RamBlock
 from tests.rig.case import RigCase
 from tests.rig.guest import Guest
+from tests.rig.proxy import Proxy
 from tests.rig.qemus import LABELS, require
+from tests.rig.users import NOBODY, by, for_everybody, ordinary
 
 SWITCH = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
@@ -194,31 +193,18 @@ class FactsTests(RigCase):
             {"qio-channel-rdma": True, "no-such-type": False, "virtio-net-pci": True},
         )
 
-    def started_by(self, *prefix: str) -> Guest:
-        """Start a QEMU by another program, and let everybody at its sockets."""
-        qemu = require("7.2")
-        qemu = dataclasses.replace(qemu, argv=(*prefix, *qemu.argv))
-        guest = self.guest(qemu, "guest")
-        os.chmod(guest.directory, 0o777)
-        for name in ("rig", "serial"):
-            os.chmod(f"{guest.directory}/{name}", 0o777)
-        return guest.start()
-
     async def test_process(self) -> None:
         """Whose it is, and what it may: locked memory and userfaultfd."""
-        if os.getuid() or not shutil.which("setpriv"):
-            raise SkipTest("another user's QEMU can be started by root only")
-        guest = self.started_by(
-            *("prlimit", "--memlock=123456:200000"),
-            *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"),
-        )
+        guest = self.guest(ordinary(require("7.2"), memlock=123 << 10))
+        for_everybody(guest).start()
         process = (await self.facts(guest)).process
         assert process is not None
-        self.assertEqual((process.pid, process.uid), (guest.process.pid, 65534))
-        self.assertEqual(process.memlock, 123456)
+        self.assertEqual((process.pid, process.uid), (guest.process.pid, NOBODY))
+        self.assertEqual(process.memlock, 123 << 10)
         self.assertIs(process.userfaultfd, SWITCH.read_text().strip() == "1")
         self.assertFalse(process.userfaultfd_device)
-        root = (await self.facts(self.started_by("prlimit", "--memlock=123456"))).process
+        limited = by(require("7.2"), "prlimit", "--memlock=123456")
+        root = (await self.facts(self.guest(limited).start())).process
         assert root is not None
         self.assertEqual((root.uid, root.memlock, root.userfaultfd), (0, None, True))
 
@@ -227,9 +213,8 @@ class FactsTests(RigCase):
         prefix = ("unshare", "--user", "--map-root-user")
         if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode:
             raise SkipTest("this host makes no user namespaces for this user")
-        process = (
-            await self.facts(self.started_by("prlimit", "--memlock=123456", *prefix))
-        ).process
+        qemu = by(require("7.2"), "prlimit", "--memlock=123456", *prefix)
+        process = (await self.facts(self.guest(qemu).start())).process
         assert process is not None
         self.assertEqual(process.memlock, 123456)
         self.assertIs(process.userfaultfd, SWITCH.read_text().strip() == "1")
@@ -237,27 +222,9 @@ class FactsTests(RigCase):
     async def test_proxy(self) -> None:
         """Behind a proxy nothing is known of the process, and all else is."""
         guest = self.guest(require("7.2")).start()
-        path = f"{guest.directory}/proxy"
-        script = (
-            "import socket, sys, threading\n"
-            "one = socket.socket(socket.AF_UNIX); one.bind(sys.argv[2]); one.listen()\n"
-            "print(flush=True)\n"
-            "here, _ = one.accept()\n"
-            "there = socket.socket(socket.AF_UNIX); there.connect(sys.argv[1])\n"
-            "def copy(a, b):\n"
-            "    while data := a.recv(65536): b.sendall(data)\n"
-            "threading.Thread(target=copy, args=(there, here), daemon=True).start()\n"
-            "copy(here, there)\n"
-        )
-        proxy = subprocess.Popen(
-            [sys.executable, "-c", script, guest.qmp_path, path], stdout=subprocess.PIPE
-        )
-        self.addCleanup(proxy.wait)
-        self.addCleanup(proxy.kill)
-        assert proxy.stdout is not None
-        with proxy.stdout:
-            proxy.stdout.readline()
-        held = QemuGuest(reactor, "guest", f"unix:{path}")
+        proxy = Proxy(guest.qmp_path)
+        self.addCleanup(proxy.close)
+        held = QemuGuest(reactor, "guest", proxy.uri)
         await held.attach()
         try:
             facts = (await held.examine()).facts

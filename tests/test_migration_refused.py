@@ -2,12 +2,12 @@
 
 Postcopy is the case in practice: the capability is there, but the destination's QEMU
 needs userfaultfd, which many hosts keep from ordinary users.  Here the QEMU runs in a
-user namespace, where it is an ordinary user to the host.
+user namespace, where it is an ordinary user to the host, and behind a proxy, so that
+its daemon cannot find that out beforehand.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from tests.rig.daemons import Daemon
 from tests.rig.guest import Guest
 from tests.rig.news import wait_until
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
+from tests.rig.proxy import Proxy
 from tests.rig.qemus import require
+from tests.rig.users import by
 
 _UNPRIVILEGED = ("unshare", "--user", "--map-root-user")
 _SWITCH = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -32,12 +34,13 @@ class RefusedTests(RigCase):
             raise SkipTest(f"{_SWITCH} is not 0: userfaultfd is for everybody here")
 
     def waiting(self) -> Guest:
-        qemu = require("7.2")
-        qemu = dataclasses.replace(qemu, argv=(*_UNPRIVILEGED, *qemu.argv))
+        qemu = by(require("7.2"), *_UNPRIVILEGED)
         return self.guest(qemu, "there", incoming=True).start()
 
     def daemon_of(self, guest: Guest) -> Daemon:
-        return self.daemon(guest.name, guests={"vm": {"qmp": f"unix:{guest.qmp_path}"}}).start()
+        proxy = Proxy(guest.qmp_path)
+        self.addCleanup(proxy.close)
+        return self.daemon(guest.name, guests={"vm": {"qmp": proxy.uri}}).start()
 
     def end(self, source: Daemon) -> dict[str, Any]:
         """Return what the source says of the migration once it has ended."""
@@ -68,10 +71,12 @@ class RefusedTests(RigCase):
         self.assertEqual(["multifd"], entry["plan"]["features"])
         reasons = {one["name"]: one["reason"] for one in entry["plan"]["left-out"]}
         self.assertEqual(
-            "destination: QEMU refused migrate-set-capabilities: Postcopy is not supported",
+            "destination QEMU: QEMU refused migrate-set-capabilities: Postcopy is not supported",
             reasons["postcopy-ram"],
         )
-        self.assertEqual("it needs postcopy-ram, which cannot be had", reasons["postcopy-preempt"])
+        self.assertEqual(
+            "conflict: it needs postcopy-ram, which cannot be had", reasons["postcopy-preempt"]
+        )
         only_one_runs(there, here)
         counted_without_a_gap(here, there)
         there.check_ram()

@@ -69,6 +69,8 @@ class Description:
     :ivar capabilities: all migration capabilities of its QEMU.
     :ivar ram: the blocks of its RAM.
     :ivar blockers: why its QEMU does not let it be moved.
+    :ivar files: the file that a block of RAM is in, or the directory of that file, by the
+        block's name.
     :ivar thread: the thread of its first CPU, as its QEMU's PID namespace numbers it.
     """
 
@@ -76,6 +78,7 @@ class Description:
     capabilities: Mapping[str, bool]
     ram: tuple[RamBlock, ...]
     blockers: tuple[str, ...]
+    files: Mapping[str, str]
     thread: int | None
 
 
@@ -107,6 +110,7 @@ async def describe(client: QMPClient) -> Description:
     kind, uuid, switches, memory, blocks, backends, progress = answers[:7]
     cpus, cpu, drives, pci, named, anonymous = answers[7:]
     ram = parse_ram_blocks(blocks or "", backends or ())
+    files = Deferred.fromCoroutine(_files(client, backends or ()))
     capabilities = {entry["capability"]: entry["state"] for entry in switches or ()}
     version = client.greeting["version"]["qemu"]
     found: _Json = {"qemu": "{major}.{minor}.{micro}".format_map(version)}
@@ -128,7 +132,20 @@ async def describe(client: QMPClient) -> Description:
         found["drives"] = [_drive(number, drive) for number, drive in enumerate(drives)]
     blockers = (progress or {}).get("blocked-reasons", ())
     thread = cpus[0].get("thread-id") if cpus else None
-    return Description(found, capabilities, ram, tuple(blockers), thread)
+    in_files = await files
+    files_of = {
+        block.name: file
+        for block in ram
+        if (file := in_files.get(block.name.removeprefix(_OBJECTS))) is not None
+    }
+    return Description(found, capabilities, ram, tuple(blockers), files_of, thread)
+
+
+async def _files(client: QMPClient, backends: Sequence[_Json]) -> dict[str, str]:
+    """Return the paths of the memory backends that are in a file, by their ids."""
+    names = [backend["id"] for backend in backends if "id" in backend]
+    paths = await together([_get(client, _OBJECTS + name, "mem-path") for name in names])
+    return {name: path for name, path in zip(names, paths, strict=True) if path}
 
 
 def parse_ram_blocks(text: str, backends: Sequence[_Json] = ()) -> tuple[RamBlock, ...]:

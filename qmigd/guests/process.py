@@ -20,7 +20,7 @@ from typing import Any
 
 from qmigd.interfaces import Process
 
-__all__ = ["look", "peer"]
+__all__ = ["filesystems", "look", "peer"]
 
 #: What SO_PEERCRED tells: pid, uid and gid.
 _UCRED = struct.Struct("3i")
@@ -75,6 +75,33 @@ def look(pid: int, thread: int) -> Process | None:
         )
     except (OSError, KeyError, ValueError, IndexError):
         return None
+
+
+def filesystems(pid: int, files: Mapping[str, str]) -> dict[str, str]:
+    """Return on what kind of file system each file is, as the process sees it: ``"ext4"``.
+
+    :param files: paths, each under a name of the caller's; the answer has the same names,
+        without those of which it cannot be found out.
+    """
+    place = Path(f"/proc/{pid}")
+    found = {}
+    try:
+        # mount ID, parent ID, major:minor ... - type, source, options (proc(5))
+        kinds = {
+            fields[2]: fields[fields.index("-") + 1]
+            for fields in map(str.split, (place / "mountinfo").read_text().splitlines())
+        }
+    except (OSError, ValueError):
+        return {}
+    for name, path in files.items():
+        try:
+            device = os.stat(f"{place}/root/{path}").st_dev
+        except OSError:
+            continue
+        kind = kinds.get(f"{os.major(device)}:{os.minor(device)}")
+        if kind is not None:
+            found[name] = kind
+    return found
 
 
 def _status(place: Path) -> Mapping[str, str]:

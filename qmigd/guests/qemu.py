@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import count
 from typing import Any
 from uuid import uuid4
@@ -137,6 +138,11 @@ class QemuGuest:
         version = client.greeting["version"]["qemu"]
         body, thread = described.body, described.thread
         pid = process.peer(client.transport)
+        seen = process.look(pid, thread) if pid and thread else None
+        ram = described.ram
+        if seen is not None and described.files:
+            kinds = process.filesystems(seen.pid, described.files)
+            ram = tuple(replace(block, filesystem=kinds.get(block.name)) for block in ram)
         facts = GuestFacts(
             name=self.name,
             backend=self.backend,
@@ -145,10 +151,10 @@ class QemuGuest:
             capabilities=described.capabilities,
             parameters=parameters,
             memory=body.get("memory"),
-            ram=described.ram,
+            ram=ram,
             blockers=described.blockers,
             types=types,
-            process=process.look(pid, thread) if pid and thread else None,
+            process=seen,
         )
         return Examined(facts, status["status"], {"name": self.name, **body})
 

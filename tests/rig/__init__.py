@@ -11,6 +11,7 @@
 ``proofs``       what has to be true of a guest that was moved
 ``daemons``      a qmigd daemon in a process of its own
 ``netns``        two network namespaces and a link that can be cut
+``users``        QEMUs of ordinary users, with limits
 ``case``         the base of the tests that use all this
 ``host.sh``      installs the programs that the host lacks
 ===============  ==============================================================

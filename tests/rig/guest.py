@@ -312,6 +312,7 @@ class Guest:
         """Return its RAM; it should not run meanwhile (see :meth:`stopped`)."""
         with tempfile.NamedTemporaryFile(dir=self.directory) as file:
             size = (self.memory if end is None else end) - start
+            os.chmod(file.name, 0o666)  # for a QEMU of another user
             self.qmp("pmemsave", val=start, size=size, filename=file.name)
             return file.read()
 

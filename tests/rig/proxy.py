@@ -1,8 +1,8 @@
-"""A TCP connection in the middle, under the test's hand.
+"""A connection in the middle, under the test's hand.
 
-It stands between two QEMUs, or between a source's daemon and a destination's.  What the
-destination says can be kept back, and all connections can be dropped at once, as if the
-network had reset them.
+It stands between two QEMUs, between a source's daemon and a destination's, or between a
+daemon and its QEMU's monitor.  What the destination says can be kept back, and all
+connections can be dropped at once, as if the network had reset them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ __all__ = ["Proxy", "Recorder"]
 
 
 class Proxy:
-    """Forwards every connection to one port.
+    """Forwards every connection to one place.
 
     :ivar port: where it listens, on 127.0.0.1.
     :ivar uri: the same for a daemon or a QEMU.
     """
 
-    def __init__(self, target: int, *, only: bytes = b"") -> None:
+    def __init__(self, target: int | str, *, only: bytes = b"") -> None:
         """Begin to listen.
 
-        :param target: the port of 127.0.0.1 that connections are forwarded to.
+        :param target: the port of 127.0.0.1 that connections are forwarded to, or the path
+            of a unix socket; then it listens on another one beside that, and has no port.
         :param only: :meth:`hold` and :meth:`drop` are for the connections that begin
             with these bytes only.
         """
@@ -35,9 +36,16 @@ class Proxy:
         self._open.set()
         self._pairs: list[tuple[bool, socket.socket, socket.socket]] = []
         self._closed = False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.uri = f"tcp:127.0.0.1:{self.port}"
+        self.port = 0
+        if isinstance(target, str):
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(f"{target}.proxy")
+            self._listener.listen()
+            self.uri = f"unix:{target}.proxy"
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.port = self._listener.getsockname()[1]
+            self.uri = f"tcp:127.0.0.1:{self.port}"
         threading.Thread(target=self._accept, name="proxy", daemon=True).start()
 
     def hold(self) -> None:
@@ -71,7 +79,7 @@ class Proxy:
     def _serve(self, source: socket.socket) -> None:
         """Carry one connection; its sockets are closed when both directions have ended."""
         with contextlib.suppress(OSError), source:
-            destination = socket.create_connection(("127.0.0.1", self._target))
+            destination = self._connect()
             with destination:
                 back = threading.Thread(target=self._back, args=(destination, source), daemon=True)
                 self._forth(source, destination, back)
@@ -80,6 +88,17 @@ class Proxy:
     def passed_on(self, data: bytes, source: socket.socket, *, by_source: bool) -> bytes:
         """Say what goes on where these bytes have come."""
         return data
+
+    def _connect(self) -> socket.socket:
+        if isinstance(self._target, int):
+            return socket.create_connection(("127.0.0.1", self._target))
+        destination = socket.socket(socket.AF_UNIX)
+        try:
+            destination.connect(self._target)
+        except OSError:
+            destination.close()
+            raise
+        return destination
 
     def _forth(
         self, source: socket.socket, destination: socket.socket, back: threading.Thread
