@@ -59,6 +59,7 @@ __all__ = [
     "ICodec",
     "IFeature",
     "No",
+    "PeerIdentity",
     "Process",
     "RamBlock",
     "Rank",
@@ -165,6 +166,9 @@ class Host:
     tls: Answer = No("no certificates are configured ([tls] in the daemon's configuration)")
     #: Whether its kernel takes over TLS connections.
     kernel_tls: Answer = No("not looked for")
+    #: A directory with the certificates under the names that QEMU's ``tls-creds-x509``
+    #: wants; ``None``: there are none.
+    tls_directory: str | None = None
     #: The kernel's release, as ``uname -r`` has it.
     kernel: str = ""
     #: The RDMA devices with a port that is up; soft ones (``rdma_rxe``) included.
@@ -257,20 +261,38 @@ class Examined:
 
 @dataclass(frozen=True)
 class Settings:
-    """Migration capabilities and parameters of a QEMU, by QEMU's own names."""
+    """Migration capabilities and parameters of a QEMU, by QEMU's own names.
+
+    :ivar objects: what is to be made with QMP's ``object-add`` beforehand, by its id: the
+        other arguments, ``qom-type`` among them.  ``None``: there is no such object.
+    """
 
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __or__(self, other: Settings) -> Settings:
         """Both; where both have a name, the other's value."""
         return Settings(
             {**self.capabilities, **other.capabilities},
             {**self.parameters, **other.parameters},
+            {**self.objects, **other.objects},
         )
 
     def __bool__(self) -> bool:
-        return bool(self.capabilities or self.parameters)
+        return bool(self.capabilities or self.parameters or self.objects)
+
+
+@dataclass(frozen=True)
+class PeerIdentity:
+    """Whom a migration in TLS is with, as the peer's certificate has shown.
+
+    :ivar hostname: on the source: what the destination's certificate was checked for.
+    :ivar subject: the certificate's subject, a distinguished name in the form of RFC 4514.
+    """
+
+    hostname: str
+    subject: str
 
 
 @dataclass(frozen=True)
@@ -356,6 +378,9 @@ class IFeature(Interface):
     def probe_guest(guest: GuestFacts, role: Role) -> Answer:
         """Say whether this guest and its QEMU can do it in this role."""
 
+    def paths_for(guest: GuestFacts, host: Host) -> frozenset[str]:
+        """Return those of ``paths`` that can carry it on this side, with this guest."""
+
     def propose(guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         """Return the source's parameters for the FEATURE message, a JSON object.
 
@@ -378,6 +403,11 @@ class IFeature(Interface):
 
     def settings(agreement: Mapping[str, Any], role: Role) -> Settings:
         """Return what has to be set on the QEMU of this side."""
+
+    def settings_direct(
+        agreement: Mapping[str, Any], host: Host, role: Role, peer: PeerIdentity
+    ) -> Settings:
+        """Return what has to be set besides where the QEMUs connect to each other in TLS."""
 
     def channels(agreement: Mapping[str, Any]) -> Sequence[Channels]:
         """Return the payload channels that it adds, in the order QEMU connects them."""
@@ -410,6 +440,9 @@ class Feature:
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
         return Yes()
 
+    def paths_for(self, guest: GuestFacts, host: Host) -> frozenset[str]:
+        return self.paths
+
     def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
@@ -420,6 +453,11 @@ class Feature:
         pass
 
     def settings(self, agreement: Mapping[str, Any], role: Role) -> Settings:
+        return Settings()
+
+    def settings_direct(
+        self, agreement: Mapping[str, Any], host: Host, role: Role, peer: PeerIdentity
+    ) -> Settings:
         return Settings()
 
     def channels(self, agreement: Mapping[str, Any]) -> Sequence[Channels]:

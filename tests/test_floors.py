@@ -60,6 +60,7 @@ _NAMESAKE_OF = {
         "channels/kernel_tls.py",
         "cli/pki.py",
         "daemon/config.py",
+        "daemon/service.py",
         "errors.py",
         "wire/greeting.py",
     }

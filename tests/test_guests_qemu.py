@@ -176,6 +176,40 @@ class SettingsTests(QemuCase):
         self.assertIn("max-cpu-throttle", str(error))
         self.assertIs((await held.readback(wanted)).capabilities["postcopy-ram"], False)
 
+    async def test_objects(self) -> None:
+        """Objects are there before a parameter names them, and go when none does any more."""
+        for label in LABELS:
+            guest = self.started(label)
+            held = await self.held(guest)
+            wanted = Settings(
+                parameters={"tls-authz": "list"},
+                objects={"list": {"qom-type": "authz-simple", "identity": "CN=somebody"}},
+            )
+            before, _ = await held.apply(wanted)
+            made = guest.qmp("qom-get", path="/objects/list", property="identity")
+            self.assertEqual(made, "CN=somebody")
+            self.assertEqual(before.objects, {"list": None})
+            await held.apply(before)
+            left = {entry["name"] for entry in guest.qmp("qom-list", path="/objects")}
+            self.assertNotIn("list", left)
+
+    async def test_refused_object(self) -> None:
+        """Where one object is refused, the other one goes again, and nothing stays set."""
+        guest = self.started("7.2")
+        held = await self.held(guest)
+        wanted = Settings(
+            parameters={"tls-authz": "list"},
+            objects={
+                "list": {"qom-type": "authz-simple", "identity": "CN=somebody"},
+                "bad": {"qom-type": "tls-creds-x509", "dir": "/nowhere", "endpoint": "client"},
+            },
+        )
+        error = await self.refused(held.apply(wanted), GuestError)
+        self.assertIn("/nowhere", str(error))
+        left = {entry["name"] for entry in guest.qmp("qom-list", path="/objects")}
+        self.assertTrue(left.isdisjoint({"list", "bad"}), left)
+        self.assertEqual((await held.readback(wanted)).parameters, {"tls-authz": ""})
+
     async def test_unknown_capability(self) -> None:
         """A capability that this QEMU lacks is named."""
         held = await self.held(self.started("7.2"))

@@ -15,7 +15,7 @@ from qmigd.migration.verdicts import ask
 from qmigd.transports.uri import parse_uri
 from tests.rig.certificates import Authority, Files
 from tests.rig.daemons import Daemon
-from tests.rig.pair import NAME, Pair, PairCase, source_noise
+from tests.rig.pair import NAME, SLOW, Pair, PairCase, settings_of, source_noise
 from tests.rig.proxy import Recorder
 
 #: What would be on the wire otherwise: of the handshake, of QEMU's stream, of the guest's RAM.
@@ -111,6 +111,69 @@ class MovedTests(TlsCase):
         chosen = {one["name"] for one in promised["features"] if one["selected"]}
         self.assertEqual(chosen, {*plan["features"]})
         pair.prove_moved()
+
+
+class DirectTests(TlsCase):
+    """Between the QEMUs, which do TLS themselves with the daemons' certificates."""
+
+    def check(self, label: str, other: str, *ways: str) -> None:
+        """Move a guest in each way."""
+        for way in ways:
+            pair = self.secure_pair(label, other).start()
+            entry = pair.move("direct", way)
+            self.assertEqual(entry["plan"]["path"], "direct")
+            self.assertIn("tls", entry["plan"]["features"])
+            pair.prove_moved()
+            for guest in (pair.source, pair.destination):
+                objects = {one["name"] for one in guest.qmp("qom-list", path="/objects")}
+                self.assertFalse({name for name in objects if "qmigd" in name}, objects)
+
+    def test_7_2(self) -> None:
+        """QEMU 7.2."""
+        self.check("7.2", "7.2", "precopy", "multifd", "postcopy", "preempt")
+
+    def test_10_0(self) -> None:
+        """QEMU 10.0, out of and into 7.2."""
+        self.check("10.0", "7.2", "multifd")
+        self.check("7.2", "10.0", "postcopy")
+
+    def test_11(self) -> None:
+        """QEMU 11."""
+        self.check("11", "11", "precopy", "multifd")
+
+    def test_encrypted(self) -> None:
+        """What the QEMUs say to each other is TLS."""
+        pair = self.secure_pair("7.2").start()
+        pair.begin("direct", "precopy", bandwidth=SLOW)
+        pair.wait(pair.here, "active")
+        for guest, endpoint in ((pair.source, "client"), (pair.destination, "server")):
+            self.assertEqual(settings_of(guest)["tls-creds"], "qmigd-tls")
+            found = guest.qmp("qom-get", path="/objects/qmigd-tls", property="endpoint")
+            self.assertEqual(found, endpoint)
+            self.assertTrue(guest.qmp("qom-get", path="/objects/qmigd-tls", property="verify-peer"))
+        pair.set(max_bandwidth=1 << 30)
+        pair.completed()
+        pair.prove_moved()
+
+    def test_relay_comes_first(self) -> None:
+        """By itself the plan takes the relay, which costs less, and says so."""
+        pair = self.secure_pair("7.2").start()
+        answer = pair.here.execute("query-features", guest=NAME, uri=pair.there.uri)
+        self.assertEqual(answer["path"], "relay")
+        self.assertIn("not direct: tls costs more there", answer["path-reason"])
+
+    def test_identity(self) -> None:
+        """The destination's QEMU is told to let in the source's certificate and no other."""
+        pair = self.secure_pair("7.2").start()
+        pair.begin("direct", "precopy", bandwidth=SLOW)
+        pair.wait(pair.here, "active")
+        identity = pair.destination.qmp(
+            "qom-get", path="/objects/qmigd-tls-peer", property="identity"
+        )
+        self.assertEqual(identity, "CN=host.example")
+        pair.cancel()
+        self.assertIn("cancelled", pair.failed(pair.here))
+        pair.prove_stayed()
 
 
 class AskTests(TlsCase):

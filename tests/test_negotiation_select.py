@@ -28,6 +28,13 @@ TRAITS = {
     "wild": Traits(SPEED, paths=frozenset({DIRECT})),
     "packed": Traits(SPEED, paths=frozenset({RELAY})),
     "asked": Traits(0, excludes=frozenset({"many"})),
+    "sealed": Traits(
+        SECURITY,
+        paths=frozenset({DIRECT, RELAY}),
+        paths_with={"kernel": frozenset({HANDOVER})},
+        avoids=frozenset({DIRECT}),
+    ),
+    "kernel": Traits(SECURITY, requires=frozenset({"sealed"})),
 }
 
 
@@ -38,6 +45,48 @@ def terms(**said: object) -> Terms:
 def said(choice: Choice) -> dict[str, str]:
     """What users are told of those that were left out."""
     return {name: str(obstacle) for name, obstacle in choice.left_out.items()}
+
+
+class HelpedPathTests(SynchronousTestCase):
+    """Paths that a feature takes only with another one's help, or only if it must."""
+
+    def test_alone(self) -> None:
+        """Without the other one it cannot take that path."""
+        choice = choose(["sealed"], terms(), terms())
+        self.assertEqual((choice.features, choice.path), (("sealed",), RELAY))
+        self.assertIn("not handover: it cannot carry sealed", choice.path_reason)
+
+    def test_together(self) -> None:
+        """With it, it can."""
+        choice = choose(["sealed", "kernel"], terms(), terms())
+        self.assertEqual((choice.features, choice.path), (("kernel", "sealed"), HANDOVER))
+
+    def test_one_side_knows_no_help(self) -> None:
+        """Both sides have to know of it."""
+        older = Terms({**TRAITS, "sealed": Traits(SECURITY, paths=frozenset({RELAY}))})
+        for here, there in ((terms(), older), (older, terms())):
+            self.assertEqual(choose(["sealed", "kernel"], here, there).path, RELAY)
+
+    def test_avoided(self) -> None:
+        """A path that it avoids is taken where no other one carries everything."""
+        closed = {RELAY: "no", HANDOVER: "no"}
+        self.assertEqual(choose(["sealed"], terms(closed=closed), terms()).path, DIRECT)
+
+    def test_avoided_but_wanted(self) -> None:
+        """Or where somebody wants it."""
+        for wish in ({"prefer": (DIRECT,)}, {"require": (DIRECT,)}):
+            self.assertEqual(choose(["sealed"], terms(**wish), terms()).path, DIRECT)
+
+    def test_required_path(self) -> None:
+        """A path that is required and that it cannot take leaves it out, with the reason."""
+        choice = choose(["sealed"], terms(require=(HANDOVER,)), terms())
+        self.assertEqual(choice.features, ())
+        self.assertIn("path: it needs another path (direct, relay)", said(choice)["sealed"])
+
+    def test_wire(self) -> None:
+        """The peer hears all of it."""
+        heard = Terms.from_wire(terms().to_wire())
+        self.assertEqual(heard, terms())
 
 
 class FeatureChoiceTests(SynchronousTestCase):

@@ -29,7 +29,7 @@ from ..channels.credentials import Credentials, CredentialStore
 from ..errors import ConfigError, QmigdError
 from ..features.registry import load_features
 from ..guests import quirks
-from ..interfaces import GuestFacts, Host, IFeature, No, Yes
+from ..interfaces import KERNEL, POLICY, GuestFacts, Host, IFeature, No, Yes
 from ..migration.listening import IncomingFactory
 from ..migration.recovery import recover
 from ..migration.security import Security
@@ -42,7 +42,7 @@ from ..transports.ports import PortRange
 from ..transports.uri import Address
 from ..wire.greeting import TLS
 from .commands import Commands
-from .config import Config, load, unknown_names
+from .config import Config, TlsConfig, load, unknown_names
 from .host import gather
 from .journal import FileJournal
 from .monitor import Monitor
@@ -119,6 +119,7 @@ class QmigdService(Service):
             shutil.rmtree(state / "run", ignore_errors=True)
             run_dir = _private(state / "run")
             self._lock = _locked(state / "lock")
+            host = _host(config, run_dir)
             journal = FileJournal(_private(state / "migrations"))
             self._guests = GuestRegistry(reactor, config.guests, state, daemon.guest_deadline)
         except OSError as error:
@@ -130,7 +131,7 @@ class QmigdService(Service):
         self._records = Records(self._event)
         self._services = Services(
             reactor=reactor,
-            host=_host(config),
+            host=host,
             features=features,
             policy=_policy(config),
             guests=self._guests,
@@ -227,15 +228,39 @@ class QmigdService(Service):
         return DeferredList(closing)
 
 
-def _host(config: Config) -> Host:
-    """Find out what this host can do."""
+def _host(config: Config, run_dir: Path) -> Host:
+    """Find out what this host can do.
+
+    :raises OSError: the run directory cannot be written to.
+    """
     facts = gather()
     if config.tls_policy == "off":
         if config.tls is not None:
-            facts = replace(facts, tls=No("switched off in [policy]"))
+            facts = replace(facts, tls=No("it is switched off", POLICY))
+        return facts
+    if config.tls is None:
         return facts
     kernel = kernel_tls.probe()
-    return replace(facts, tls=Yes(), kernel_tls=Yes() if kernel else No(kernel.reason))
+    return replace(
+        facts,
+        tls=Yes(),
+        kernel_tls=Yes() if kernel else No(kernel.reason, KERNEL),
+        tls_directory=str(_for_qemu(config.tls, run_dir / "tls")),
+    )
+
+
+def _for_qemu(tls: TlsConfig, directory: Path) -> Path:
+    """Make a directory that shows the certificates under the names that QEMU wants."""
+    directory.mkdir(mode=0o700)
+    for name, file in (
+        ("ca-cert.pem", tls.authority),
+        ("server-cert.pem", tls.certificate),
+        ("server-key.pem", tls.key),
+        ("client-cert.pem", tls.certificate),
+        ("client-key.pem", tls.key),
+    ):
+        (directory / name).symlink_to(file)
+    return directory
 
 
 def _policy(config: Config) -> Policy:

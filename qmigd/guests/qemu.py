@@ -191,7 +191,7 @@ class QemuGuest:
         (known, before), *answers = await DeferredList(
             [
                 Deferred.fromCoroutine(self.readback(settings)),
-                *self._set(Settings(settings.capabilities, parameters)),
+                *self._set(Settings(settings.capabilities, parameters, settings.objects)),
                 Deferred.fromCoroutine(self.readback(settings)),
             ],
             consumeErrors=True,
@@ -207,6 +207,8 @@ class QemuGuest:
             if known:
                 earlier = await self._settable(before.parameters)
                 await together(self._set(Settings(before.capabilities, earlier)))
+                # Whether there was one: the one that was refused there never was.
+                await DeferredList(self._set(Settings(objects=before.objects)), consumeErrors=True)
             raise
         return before, answers[-1][1]
 
@@ -240,15 +242,22 @@ class QemuGuest:
                 capabilities[name] = known[name]
         if settings.parameters:
             parameters = {name: answers[-1].get(name) for name in settings.parameters}
-        return Settings(capabilities, parameters)
+        return Settings(capabilities, parameters, dict.fromkeys(settings.objects))
 
     async def _capabilities(self) -> dict[str, bool]:
         answer = await self.client.execute("query-migrate-capabilities")
         return {entry["capability"]: entry["state"] for entry in answer}
 
     def _set(self, settings: Settings) -> list[Deferred[Any]]:
-        """Send what sets them; returns the answers to come."""
-        asked = []
+        """Send what sets them; returns the answers to come.
+
+        Objects are there before a parameter names them, and go when none does any more.
+        """
+        asked = [
+            self.client.execute("object-add", id=name, **arguments)
+            for name, arguments in settings.objects.items()
+            if arguments is not None
+        ]
         if settings.capabilities:
             # All in one command: QEMU checks them together.
             switches = [
@@ -258,6 +267,11 @@ class QemuGuest:
             asked.append(self.client.execute("migrate-set-capabilities", capabilities=switches))
         if settings.parameters:
             asked.append(self.client.execute("migrate-set-parameters", **settings.parameters))
+        asked += [
+            self.client.execute("object-del", id=name)
+            for name, arguments in settings.objects.items()
+            if arguments is None
+        ]
         return asked
 
     async def _settable(self, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,16 @@ from twisted.internet.defer import Deferred
 
 from ..errors import DeadlineError, FeatureError, GuestError, GuestGone, ProtocolError
 from ..handshake.events import FeatureSaid, GuestDescribed, PrepareAsked, Selected, Started
-from ..interfaces import DIRECT, PATHS, QEMU, GuestFacts, No, Settings, Withdraw
+from ..interfaces import (
+    DIRECT,
+    PATHS,
+    QEMU,
+    GuestFacts,
+    No,
+    PeerIdentity,
+    Settings,
+    Withdraw,
+)
 from ..negotiation.agree import build_plan
 from ..negotiation.obstacles import Obstacle
 from ..negotiation.plan import Plan
@@ -166,7 +175,10 @@ class Answering(Move):
         self.secret = secrets.token_bytes(SECRET_SIZE)
         while True:
             terms = Terms(
-                {name: Traits.of(services.features[name]) for name in agreements},
+                {
+                    name: Traits.of(services.features[name], facts, services.host)
+                    for name in agreements
+                },
                 conflicts=tuple(services.conflicts(self._source_facts(facts), facts)),
                 prefer=services.policy.prefer,
                 require=self._required,
@@ -219,7 +231,11 @@ class Answering(Move):
         return agreements
 
     async def _set_up(self, plan: Plan, facts: GuestFacts) -> Settings:
-        return await self.set_up_plan(plan, facts, "destination", lambda: self.note("prepared"))
+        control = self.control
+        peer = PeerIdentity("", control.peer_subject) if control.peer is not None else None
+        return await self.set_up_plan(
+            plan, facts, "destination", lambda: self.note("prepared"), peer=peer
+        )
 
     async def _refused(self, plan: Plan, facts: GuestFacts) -> dict[str, Obstacle]:
         """The features of a plan that QEMU does not take by themselves, and what it says."""
@@ -281,6 +297,7 @@ class Answering(Move):
                 "run": self.run,
                 "capabilities": dict(self.saved.capabilities),
                 "parameters": dict(self.saved.parameters),
+                "objects": list(self.saved.objects),
             },
         )
 

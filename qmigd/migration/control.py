@@ -122,6 +122,12 @@ class Control(Protocol):
         session = self.bytes.session
         return session.peer if session is not None and self.bytes.encrypted else None
 
+    @property
+    def peer_subject(self) -> str:
+        """The subject of that certificate."""
+        session = self.bytes.session
+        return "" if session is None else session.certificate.subject.rfc4514_string()
+
     def flush(self) -> None:
         """Send what the machine has to say."""
         data = self.bytes.data_to_send()

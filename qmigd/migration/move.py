@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ..errors import GuestError, QmigdError
-from ..interfaces import Guest, GuestFacts, Role, Settings
+from ..interfaces import Guest, GuestFacts, PeerIdentity, Role, Settings
 from ..negotiation.plan import Plan
 from .services import Services
 from .settings import compare, settings_for
@@ -99,14 +99,17 @@ class Move:
         role: Role,
         note: Callable[[], None],
         tunables: Mapping[str, Any] | None = None,
+        peer: PeerIdentity | None = None,
     ) -> Settings:
         """Set all that the plan asks for, and see that it is set.
 
         :param note: puts down what is to be put back, before anything is set.
         :param tunables: to be set as well.
+        :param peer: whom it is with, if in TLS.
         :raises FeatureError: QEMU took it, but does not have it.
         """
-        wanted = settings_for(plan, self.services.features, guest, role)
+        services = self.services
+        wanted = settings_for(plan, services.features, guest, role, services.host, peer)
         every = wanted | Settings({}, tunables or {})
         self.saved = (
             Settings(
@@ -116,6 +119,7 @@ class Move:
                     if name in guest.capabilities
                 },
                 {name: guest.parameters.get(name) for name in every.parameters},
+                dict.fromkeys(every.objects),
             )
             | self.saved
         )

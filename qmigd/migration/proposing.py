@@ -211,7 +211,10 @@ class Proposing(Move):
                 machine.feature(name, left_out[name].to_wire("withdrawn"))
         self._check_required()
         terms = Terms(
-            {name: Traits.of(self.services.features[name]) for name in proposals},
+            {
+                name: Traits.of(self.services.features[name], facts, self.services.host)
+                for name in proposals
+            },
             prefer=self.policy.prefer,
             require=self.policy.require,
             closed=self._closed_paths(bool(candidates)),

@@ -36,7 +36,11 @@ async def recover(services: Services, migration: str, role: str, entry: Mapping[
         if role == "destination":
             services.verdicts.expect(migration, bytes.fromhex(entry.get("secret", "")))
         await move.attach(move.guest)
-        move.saved = Settings(entry.get("capabilities", {}), entry.get("parameters", {}))
+        move.saved = Settings(
+            entry.get("capabilities", {}),
+            entry.get("parameters", {}),
+            dict.fromkeys(entry.get("objects", ())),
+        )
         act = _source if role == "source" else _destination
         step = await act(move, entry)
         await move.put_back()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import FeatureError, ProtocolError
-from ..interfaces import GuestFacts, IFeature, Role, Settings
+from ..interfaces import DIRECT, GuestFacts, Host, IFeature, PeerIdentity, Role, Settings
 from ..negotiation.plan import Plan
 from ..negotiation.terms import expect
 
@@ -24,12 +24,20 @@ ALWAYS = {"return-path": True, "events": True}
 
 
 def settings_for(
-    plan: Plan, features: Mapping[str, IFeature], guest: GuestFacts, role: Role
+    plan: Plan,
+    features: Mapping[str, IFeature],
+    guest: GuestFacts,
+    role: Role,
+    host: Host | None = None,
+    peer: PeerIdentity | None = None,
 ) -> Settings:
     """Return everything that has to be set on this side's QEMU.
 
     A feature that bears the name of a capability and is not in the plan is switched
     off: somebody may have left it on.
+
+    :param host: this one; without it, what depends on host and peer is left out.
+    :param peer: whom it is with, if in TLS.
     """
     capabilities = {name: on for name, on in ALWAYS.items() if name in guest.capabilities}
     capabilities.update(
@@ -40,6 +48,8 @@ def settings_for(
     settings = Settings(capabilities)
     for name in plan.features:
         settings |= features[name].settings(plan.agreements[name], role)
+        if plan.path == DIRECT and host is not None and peer is not None:
+            settings |= features[name].settings_direct(plan.agreements[name], host, role, peer)
     return settings
 
 

@@ -38,6 +38,7 @@ from ..interfaces import (
     DIRECT,
     Guest,
     GuestFacts,
+    PeerIdentity,
     Settings,
 )
 from ..negotiation.plan import Plan
@@ -186,7 +187,8 @@ class Outgoing(Proposing):
         negotiated = set().union(*(services.features[name].tunables for name in plan.features))
         own = {key: value for key, value in self.tunables.items() if key not in negotiated}
         self._raise_if_over()
-        await self.set_up_plan(plan, facts, "source", lambda: self._note("started"), own)
+        peer = PeerIdentity(self.hostname, control.peer_subject) if self.in_tls else None
+        await self.set_up_plan(plan, facts, "source", lambda: self._note("started"), own, peer)
 
         self._started = True
         control.machine.start()
@@ -469,6 +471,7 @@ class Outgoing(Proposing):
                 "was-running": self.was_running,
                 "capabilities": dict(self.saved.capabilities),
                 "parameters": dict(self.saved.parameters),
+                "objects": list(self.saved.objects),
             },
         )
 

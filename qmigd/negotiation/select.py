@@ -23,7 +23,7 @@ __all__ = ["Choice", "choose"]
 
 _WHY = {
     HANDOVER: "one channel: the socket is handed to QEMU, and no byte passes through qmigd",
-    DIRECT: "several channels and no encryption asked for: the QEMUs connect to each other",
+    DIRECT: "the QEMUs connect to each other, with all their channels",
     RELAY: "each QEMU speaks to its own qmigd, which carries every channel through one port",
 }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ProtocolError
-from ..interfaces import PATHS, IFeature
+from ..interfaces import PATHS, GuestFacts, Host, IFeature
 
 __all__ = ["Conflict", "Terms", "Traits", "expect"]
 
@@ -63,12 +63,12 @@ class Traits:
     avoids: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, feature: IFeature) -> Traits:
+    def of(cls, feature: IFeature, guest: GuestFacts, host: Host) -> Traits:
         return cls(
             int(feature.rank),
             feature.requires,
             feature.excludes,
-            feature.paths,
+            feature.paths_for(guest, host),
             dict(feature.paths_with),
             feature.avoids,
         )
