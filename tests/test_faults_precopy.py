@@ -19,10 +19,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.rig.daemons import Daemon, DaemonDied
-from tests.rig.guest import Guest
 from tests.rig.netns import Link
 from tests.rig.news import ask_until
-from tests.rig.pair import NAME, SLOW, Pair, PairCase, start
+from tests.rig.pair import SLOW, Pair, PairCase, start
 from tests.rig.proofs import only_one_runs
 from tests.rig.qmp import QmpError
 
@@ -55,21 +54,7 @@ class FaultCase(PairCase):
             self.link_ = self.link()
             options = {"link": self.link_, "here": _SOON, "there": _SOON}
         pair = self.pair(source, destination, **options)
-        for daemon in (pair.here, pair.there):
-            del daemon.config["guest"]
-        pair.start()
-        pair.add()
-        return pair
-
-    def register(self, daemon: Daemon, guest: Guest) -> None:
-        """Have a daemon know a guest, whatever it knew before and has still to bring to an end."""
-        ask_until(
-            lambda: all("migration" not in known for known in daemon.execute("query-guests")),
-            lambda: f"the guest to be free: {daemon.execute('query-guests')}",
-        )
-        if any(known["name"] == NAME for known in daemon.execute("query-guests")):
-            daemon.execute("guest-remove", name=NAME)
-        daemon.execute("guest-add", name=NAME, qmp=f"unix:{guest.qmp_path}")
+        return pair.start_registering()
 
     def make(self, fault: str, pair: Pair) -> None:
         """Make it happen."""
@@ -105,22 +90,7 @@ class FaultCase(PairCase):
         """The guest is still the source's, and moves at the second try."""
         pair.wait_settings(pair.source)
         pair.prove_stayed()
-        self.try_again(pair, path)
-
-    def try_again(self, pair: Pair, path: str) -> None:
-        """Move the guest at last, to a fresh QEMU."""
-        old = pair.destination
-        old.close()
-        pair.destination = self.waiting_guest(
-            old.qemu.label,
-            "second destination",
-            namespace=self.link_.right if self.link_ else None,
-        ).start()
-        self.register(pair.here, pair.source)
-        self.register(pair.there, pair.destination)
-        pair.remember()
-        pair.move(path)
-        pair.prove_moved()
+        self.try_again(pair, path, link=self.link_)
 
 
 class Gate:

@@ -16,7 +16,7 @@ from qmigd.transports.uri import parse_uri
 from tests.rig.certificates import Authority, Files
 from tests.rig.daemons import Daemon
 from tests.rig.pair import NAME, SLOW, Pair, PairCase, settings_of, source_noise
-from tests.rig.proxy import Recorder
+from tests.rig.proxy import Recorder, Tamperer
 
 #: What would be on the wire otherwise: of the handshake, of QEMU's stream, of the guest's RAM.
 _READABLE = (
@@ -61,18 +61,20 @@ class TlsCase(PairCase):
         return pair
 
 
-class MovedTests(TlsCase):
-    """Guests that are moved."""
+class RecordedCase(TlsCase):
+    """Guests that are moved, with every byte between the two daemons written down."""
 
-    def check(self, label: str, other: str, mode: str, *, channels: int) -> None:
+    def check(
+        self, label: str, other: str, mode: str, *, channels: int, path: str = "relay"
+    ) -> None:
         """Move a guest, and read along."""
         pair = self.secure_pair(label, other).start()
         wire = Recorder(pair.there.uri)
         self.addCleanup(wire.close)
-        entry = pair.move("relay", mode, uri=wire.uri)
+        entry = pair.move(path, mode, uri=wire.uri)
         plan = entry["plan"]
         self.assertIn("tls", plan["features"])
-        self.assertEqual(plan["path"], "relay")
+        self.assertEqual(plan["path"], path)
         pair.prove_moved()
         # The control connection, and the channels; preempt's may never have been opened.
         self.assertIn(len(wire.connections) - 1, (len(plan["channels"]), channels))
@@ -82,6 +84,10 @@ class MovedTests(TlsCase):
                 self.assertFalse(readable in there or readable in back, readable)
         # It has gone this way: the random part of the guest's RAM, and more.
         self.assertGreater(sum(len(there) for there, _ in wire.connections), 4 << 20)
+
+
+class MovedTests(RecordedCase):
+    """By TLS in user space."""
 
     def test_precopy(self) -> None:
         """One channel."""
@@ -111,6 +117,34 @@ class MovedTests(TlsCase):
         chosen = {one["name"] for one in promised["features"] if one["selected"]}
         self.assertEqual(chosen, {*plan["features"]})
         pair.prove_moved()
+
+
+class TamperedCase(TlsCase):
+    """Somebody on the way changes what goes over a payload channel."""
+
+    def check(self, path: str, mode: str = "precopy") -> None:
+        """Change a bit of the stream; the guest goes on, and a second try succeeds."""
+        pair = self.secure_pair("7.2").start_registering()
+        wire = Tamperer(pair.there.uri, only=b"\x16", after=1 << 20)
+        self.addCleanup(wire.close)
+        pair.begin(path, mode, uri=wire.uri)
+        pair.failed(pair.here)
+        self.assertTrue(wire.done)
+        pair.wait_settings(pair.source)
+        pair.prove_stayed()
+        self.try_again(pair, path, mode)
+
+
+class TamperedTests(TamperedCase):
+    """In user space."""
+
+    def test_relay(self) -> None:
+        """One channel."""
+        self.check("relay")
+
+    def test_multifd(self) -> None:
+        """One of several."""
+        self.check("relay", "multifd")
 
 
 class DirectTests(TlsCase):

@@ -12,6 +12,7 @@ from tests.rig.guest import Guest
 from tests.rig.lane import KernelCase
 from tests.rig.pair import Pair
 from tests.test_moves_journeys import JourneyCase
+from tests.test_moves_tls import RecordedCase, TamperedCase
 
 _WAYS = ("precopy", "postcopy", "multifd", "preempt")
 
@@ -27,6 +28,24 @@ def _kernel_counts() -> dict[str, int]:
     lines = Path("/proc/net/tls_stat").read_text().splitlines()
     found = dict(line.split() for line in lines)
     return {name: int(found[name]) for name in _COUNTS}
+
+
+class TamperedTests(KernelCase, TamperedCase):
+    """A record that was changed on its way to a kernel."""
+
+    def test_handover(self) -> None:
+        """The guest goes on at the source, whose QEMU has the other end."""
+        before = _kernel_counts()["TlsDecryptError"]
+        self.check("handover")
+        self.assertGreater(_kernel_counts()["TlsDecryptError"], before)
+
+
+class RecordedTests(KernelCase, RecordedCase):
+    """What is on the wire where a QEMU owns the socket and the kernel encrypts."""
+
+    def test_handover(self) -> None:
+        """Nothing that could be read."""
+        self.check("7.2", "7.2", "postcopy", channels=1, path="handover")
 
 
 class MatrixTests(KernelCase, JourneyCase):

@@ -20,7 +20,7 @@ from tests.rig.case import RigCase
 from tests.rig.daemons import Daemon
 from tests.rig.guest import Guest
 from tests.rig.netns import Link
-from tests.rig.news import wait_until
+from tests.rig.news import ask_until, wait_until
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.qemus import require
 from tests.rig.qmp import Event
@@ -173,6 +173,14 @@ class Pair:
         """Register both guests at daemons that run."""
         self.here.execute("guest-add", name=name, qmp=f"unix:{self.source.qmp_path}")
         self.there.execute("guest-add", name=name, qmp=f"unix:{self.destination.qmp_path}")
+
+    def start_registering(self) -> Pair:
+        """The same, but the guests are registered at run time, so that others can follow."""
+        for daemon in (self.here, self.there):
+            del daemon.config["guest"]
+        self.start()
+        self.add()
+        return self
 
     def begin(
         self,
@@ -391,3 +399,31 @@ class PairCase(RigCase):
             one,
             other,
         )
+
+    def register(self, daemon: Daemon, guest: Guest) -> None:
+        """Have a daemon know a guest, whatever it knew before and has still to bring to an end."""
+        ask_until(
+            lambda: all("migration" not in known for known in daemon.execute("query-guests")),
+            lambda: f"the guest to be free: {daemon.execute('query-guests')}",
+        )
+        if any(known["name"] == NAME for known in daemon.execute("query-guests")):
+            daemon.execute("guest-remove", name=NAME)
+        daemon.execute("guest-add", name=NAME, qmp=f"unix:{guest.qmp_path}")
+
+    def try_again(
+        self, pair: Pair, path: str, mode: str = "precopy", *, link: Link | None = None
+    ) -> None:
+        """Move a guest at last, after a first try that failed, to a fresh QEMU.
+
+        :param link: what is between the two daemons, if not loopback.
+        """
+        old = pair.destination
+        old.close()
+        pair.destination = self.waiting_guest(
+            old.qemu.label, "second destination", namespace=link.right if link else None
+        ).start()
+        self.register(pair.here, pair.source)
+        self.register(pair.there, pair.destination)
+        pair.remember()
+        pair.move(path, mode)
+        pair.prove_moved()

@@ -12,7 +12,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
-__all__ = ["Proxy", "Recorder"]
+__all__ = ["Proxy", "Recorder", "Tamperer"]
 
 
 class Proxy:
@@ -147,6 +147,30 @@ class Recorder(Proxy):
     def connections(self) -> list[tuple[bytes, bytes]]:
         """What went to the destination and what came back, for each connection in order."""
         return [(bytes(one.there), bytes(one.back)) for one in self._recorded.values()]
+
+
+class Tamperer(Proxy):
+    """Changes one bit of what a source sends on a connection, once."""
+
+    def __init__(self, uri: str, *, only: bytes, after: int) -> None:
+        """
+        :param uri: of a daemon on 127.0.0.1.
+        :param only: how a connection begins that is meant.
+        :param after: so many bytes are left alone first.
+        """
+        self.done = False
+        self._after = after
+        self._passed: dict[socket.socket, int] = {}
+        super().__init__(int(uri.rpartition(":")[2]), only=only)
+
+    def passed_on(self, data: bytes, source: socket.socket, *, by_source: bool) -> bytes:
+        if self.done or not by_source or (True, source) not in [one[:2] for one in self._pairs]:
+            return data
+        passed = self._passed[source] = self._passed.get(source, 0) + len(data)
+        if passed <= self._after:
+            return data
+        self.done = True
+        return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def _shut(end: socket.socket, how: int = socket.SHUT_RDWR) -> None:
