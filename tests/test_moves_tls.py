@@ -111,6 +111,8 @@ class MovedTests(RecordedCase):
         promised = pair.here.execute("query-features", guest=NAME, uri=pair.there.uri)
         pair.begin("", require=[], exclude=[])
         plan = pair.completed()["plan"]
+        for daemon in (pair.here, pair.there):
+            self.assertEqual(pair.entry(daemon)["peer-names"], ["host.example", "127.0.0.1"])
         self.assertIn("tls", plan["features"])
         self.assertIn("postcopy-ram", plan["features"])
         self.assertIn("not direct", plan["path-reason"])

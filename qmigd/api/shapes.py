@@ -237,6 +237,12 @@ MIGRATION = Struct(
         Member("role", ROLE, "Which side this daemon is."),
         Member("peer", STR, "The other daemon."),
         Member(
+            "peer-names",
+            ListOf(STR),
+            "In TLS: the names and addresses in the other host's certificate.",
+            optional=True,
+        ),
+        Member(
             "status",
             STR,
             "In QEMU's words: `setup`, `active`, `postcopy-active`, `device`, `completed`, "

@@ -210,6 +210,8 @@ def summary(entry: _Json, width: int | None = None) -> str:
     ram = entry.get("ram", {})
     plan = entry.get("plan")
     said: list[tuple[str, str]] = []
+    if "peer-names" in entry:
+        said.append(("peer", f"in TLS, with the certificate of {', '.join(entry['peer-names'])}"))
     if plan:
         said.append(("path", f"{plan['path']}: {plan['path-reason']}".rstrip(": ")))
         said.append(("features", ", ".join(plan["features"]) or "none"))

@@ -63,6 +63,7 @@ class Answering(Move):
         super().__init__(
             services, services.records.new(str(uuid.uuid4()), "", "destination", where)
         )
+        self.record.peer_names = tuple(control.peer or ())
         self.control = control
         self.host = str(getattr(control.transport.getHost(), "host", ""))
         self.selected = selected.features

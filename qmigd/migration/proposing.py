@@ -138,6 +138,7 @@ class Proposing(Move):
         control.flush()
         if TLS in candidates:
             await control.next(Secured, deadline=deadline, what="TLS with the peer")
+            self.record.peer_names = tuple(control.peer or ())
         machine.guest({"name": self.record.guest})
         control.flush()
         return candidates

@@ -40,6 +40,7 @@ class Record:
 
     :ivar id: a UUID, the same on both sides.
     :ivar status: in QEMU's words; ``setup`` until QEMU says another.
+    :ivar peer_names: in TLS, the names in the other host's certificate.
     :ivar step: what is going on, for people.
     :ivar owner: whose the guest is (:mod:`qmigd.migration.ownership`).
     :ivar progress: what QEMU's ``query-migrate`` said last.
@@ -55,6 +56,7 @@ class Record:
     peer: str
     notify: Listener
     status: str = "setup"
+    peer_names: tuple[str, ...] = ()
     step: str = "negotiating"
     plan: Plan | None = None
     tunables: Mapping[str, Any] = field(default_factory=dict)
@@ -134,6 +136,8 @@ class Record:
             "started": self.started,
             **self.progress,
         }
+        if self.peer_names:
+            entry["peer-names"] = list(self.peer_names)
         if self.plan is not None:
             entry["plan"] = self.plan.to_json()
         if self.negotiation_time is not None:
