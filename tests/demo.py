@@ -1,6 +1,6 @@
 """``make demo``: a running guest moves to another host and back, as a user would have it.
 
-Two daemons with separate state are two hosts.  On host A a QEMU runs the rig's guest,
+Two daemons with separate state are two hosts, each with a certificate.  On host A a QEMU runs the rig's guest,
 which dirties its RAM and counts on its serial port.  Everything is asked for with the
 ``qmigctl`` command; what it prints is its own.  Then the proofs: the plan with its
 reasons, the RAM page by page, and the count on the serial port over all three QEMUs.
@@ -38,13 +38,14 @@ from rich.text import Text
 from tests.rig.bootsector import PAGE, Program
 from tests.rig.daemons import Daemon, DaemonDied
 from tests.rig.guest import Guest, GuestDied, Line
-from tests.rig.process import Process
+from tests.rig.process import Process, temporary_directory
 from tests.rig.proofs import counted_without_a_gap
 from tests.rig.qemus import Qemu
 
 __all__ = ["Problem", "installed_qemu", "main"]
 
 _PROGRAM = "qemu-system-x86_64"
+_QMIGCTL = str(Path(sys.executable).with_name("qmigctl"))
 #: The first QEMU that the guest's machine and qmigd are tried with.
 _OLDEST = (7, 2)
 
@@ -97,6 +98,7 @@ class _Demo:
         self._picture = picture
         self._guests: list[Guest] = []
         self._daemons: list[Daemon] = []
+        self._directory = temporary_directory()
 
     # what is shown
 
@@ -109,11 +111,13 @@ class _Demo:
         away = self._guest(
             Guest(qemu, "host B", memory=_MEMORY, machine="pc", program=_WORK, incoming=True)
         )
+        self._title("Two hosts, each with a certificate")
+        self._qmigctl("pki", "init", "--dir", self._directory)
         # A finds its QEMU by the QMP socket; B starts one when the guest comes.
         here = self._host("host-a", {"qmp": f"unix:{home.qmp_path}"})
         there = self._host("host-b", {"launch": away.launch})
         home.start()
-        self._title("A running guest, and two hosts")
+        self._title("A running guest")
         self._introduce(qemu, here, there)
 
         self._title("There ...")
@@ -159,6 +163,7 @@ class _Demo:
         codes = {one.name: one.stop() for one in self._daemons if _runs(one)}
         for one in self._everything:
             one.close()
+        shutil.rmtree(self._directory)
         for name, code in codes.items():
             # twistd puts its own house in order, and then ends as SIGTERM would have it.
             if code not in (0, -signal.SIGTERM):
@@ -185,9 +190,28 @@ class _Demo:
         return guest
 
     def _host(self, name: str, guest: Mapping[str, Any]) -> _Host:
-        daemon = Daemon(name, guests={"demo": guest}, policy={"source-after": "quit"})
+        self._qmigctl("pki", "host", name, "127.0.0.1", "--dir", self._directory)
+        files = Path(self._directory, "hosts", name)
+        daemon = Daemon(
+            name,
+            guests={"demo": guest},
+            policy={"source-after": "quit"},
+            tls={
+                "certificate": str(files / "server-cert.pem"),
+                "key": str(files / "server-key.pem"),
+                "ca": str(files / "ca-cert.pem"),
+            },
+        )
         self._daemons.append(daemon)
         return _Host(name, daemon.start())
+
+    def _qmigctl(self, *words: str) -> None:
+        """Show a command of qmigctl's that talks to no daemon, and run it."""
+        shown = " ".join(words).replace(self._directory, "pki")
+        self._console.print(f"[dim]$[/] [bold]qmigctl {escape(shown)}[/]", soft_wrap=True)
+        done = subprocess.run([_QMIGCTL, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Problem(done.stderr.strip())
 
     def _title(self, text: str) -> None:
         self._console.print()
@@ -215,7 +239,7 @@ class _Demo:
             f"[dim]{here.name}$[/] [bold]qmigctl {escape(' '.join(words))}[/]", soft_wrap=True
         )
         self._console.file.flush()
-        argv = [str(Path(sys.executable).with_name("qmigctl")), *words]
+        argv = [_QMIGCTL, *words]
         environment = {**os.environ, "QMIGD_SOCKET": f"unix:{here.daemon.monitor_path}"}
         if self._picture:
             code = self._drawn(argv, environment)

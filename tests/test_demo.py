@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.rig.pair import KNOWN
+
 _ROOT = Path(__file__).parents[1]
 
 
@@ -56,9 +58,10 @@ class DemoTests(SynchronousTestCase):
             self.assertIn(int(first, 16) - int(last, 16), (1, 2))
         # every feature has its line in the table, with a reason
         table = text.partition("What was negotiated, and why")[2]
-        for feature in ("multifd", "postcopy-ram", "postcopy-preempt"):
+        self.assertIn("peer in TLS, with the certificate of host-b, 127.0.0.1", text)
+        for feature in sorted(KNOWN):
             self.assertRegex(table, rf" {feature} (used both sides can|left out \w)")
-        self.assertIn(" path direct ", table)
+        self.assertIn(" path relay ", table)
         self.assertIn("All 5 processes and their files are gone again", text)
         self.assertEqual([], os.listdir(self.scratch))
 
