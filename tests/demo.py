@@ -1,9 +1,10 @@
 """``make demo``: a running guest moves to another host and back, as a user would have it.
 
-Two daemons with separate state are two hosts, each with a certificate.  On host A a QEMU runs the rig's guest,
-which dirties its RAM and counts on its serial port.  Everything is asked for with the
-``qmigctl`` command; what it prints is its own.  Then the proofs: the plan with its
-reasons, the RAM page by page, and the count on the serial port over all three QEMUs.
+Two daemons with separate state are two hosts, each with a certificate.  On host A a
+QEMU runs the rig's guest, which dirties its RAM and counts on its serial port.
+Everything is asked for with the ``qmigctl`` command; what it prints is its own.  Then
+the proofs: the plan with its reasons, the RAM page by page, and the count on the serial
+port over all three QEMUs.
 
     python -m tests.demo [--picture FILE.svg]
 
