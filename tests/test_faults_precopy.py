@@ -327,6 +327,8 @@ class BaselineTests(FaultCase):
         pair = self.ready("7.2", "7.2")
         pair.begin("baseline", bandwidth=SLOW)
         pair.wait(pair.here, "active")
+        # The source's stream may flow before the destination's QEMU has been given it.
+        pair.destination.wait_migration("active")
         pair.there.kill()
         pair.there.launch()
         pair.set(max_bandwidth=1 << 30)
