@@ -126,7 +126,9 @@ class TamperedCase(TlsCase):
 
     def check(self, path: str, mode: str = "precopy") -> None:
         """Change a bit of the stream; the guest goes on, and a second try succeeds."""
-        pair = self.secure_pair("7.2").start_registering()
+        # A destination of 7.2 may hang when one of several channels breaks.
+        label = "10.0" if mode == "multifd" else "7.2"
+        pair = self.secure_pair("7.2", label).start_registering()
         wire = Tamperer(pair.there.uri, only=b"\x16", after=1 << 20)
         self.addCleanup(wire.close)
         pair.begin(path, mode, uri=wire.uri)
@@ -134,6 +136,14 @@ class TamperedCase(TlsCase):
         self.assertTrue(wire.done)
         pair.wait_settings(pair.source)
         pair.prove_stayed()
+        # It was left to fail by itself: QEMU 7.2 may end itself if it is told to cancel then.
+        statuses = [
+            event.data["status"]
+            for event in pair.source.monitor.events
+            if event.name == "MIGRATION"
+        ]
+        self.assertEqual(statuses[-1], "failed")
+        self.assertNotIn("cancelling", statuses)
         self.try_again(pair, path, mode)
 
 
