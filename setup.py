@@ -52,7 +52,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "automat >= 24.8",
-        "cryptography >= 42",
+        "cryptography >= 47",
         "pyopenssl >= 24.1",
         "rich >= 13",
         "service-identity >= 24.1",

@@ -18,11 +18,10 @@ are to be the kernel's: read record by record.  Those that have arrived already 
 decrypted as well.  Nothing may be left in user space to be written.
 
 **Records that are no data.**  The kernel hands an alert or a handshake message to a reader
-that has room for control data and names the type there.  To a plain ``recv`` it is EIO;
-after a KeyUpdate a kernel from 6.14 on says EKEYEXPIRED until it gets a new key, and an
-older one, knowing nothing of it, EBADMSG for the record that follows.  QEMU has room, does
-not look at the type, and would take the record's content for the guest's stream.  So there
-must be none:
+that has room for control data and names the type there.  To a plain ``recv`` it is EIO,
+now and for ever after (from 6.14 on EKEYEXPIRED once a KeyUpdate has come).  QEMU has
+room, does not look at the type, and would take the record's content for the guest's
+stream.  So there must be none:
 
 - tickets come right behind the server's handshake: whoever has read one record of data from
   the server has read them before;
@@ -37,15 +36,20 @@ must be none:
 **The end.**  ``shutdown(SHUT_WR)`` and ``close`` send what TCP sends, a FIN, and no
 close_notify; the reader gets the end of the stream, just as without TLS, and the other
 direction goes on.  Somebody in between can therefore cut a stream off between two records,
-unnoticed by TLS.  It is noticed by QEMU, whose stream says itself where it ends, and by qmigd,
-whose control connection says how it went.  A stream cut off inside a record ends
-there as well: what there is of that record is never handed out.  A *non-blocking* writer
-can cut its own stream: the kernel takes a whole record and says so, although only a part
-of it fits into TCP's buffer; ``shutdown(SHUT_WR)`` before the rest has gone loses it.
-Blocking writes are safe.
+unnoticed by TLS.  It is noticed by QEMU, whose stream says itself where it ends, and by
+qmigd, whose control connection says how it went.  A stream that is cut off inside a
+record ends before that record.
 
 **Faults.**  A record that was changed on its way, or that is under another key or number,
 is EBADMSG for the reader, for good; the writer learns of it only when the reader closes.
+Two things are unlike TCP, and :func:`lost` is there for the first:
+
+- a connection that is lost is told of once: when a reader has had the error, writes are said
+  to have gone well ever after.  A writer that was waiting for room just then has had it
+  itself, and may be told that what it wrote has gone, and so may all that it writes next;
+- a *non-blocking* writer can cut its own stream: the kernel takes a record and says so
+  although only a part of it fits into TCP's buffer; ``shutdown(SHUT_WR)`` or ``close``
+  before the rest has gone loses it.  Blocking writes are safe.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -66,7 +71,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from qmigd.errors import LocalError
 
-__all__ = ["CIPHERS", "KernelTls", "TrafficKeys", "install", "probe"]
+__all__ = ["CIPHERS", "KernelTls", "TrafficKeys", "install", "lost", "probe"]
 
 # linux/tcp.h and linux/tls.h, which the socket module does not name.
 _TCP_ULP: Final = 31
@@ -184,6 +189,18 @@ def install(sock: socket.socket, keys: TrafficKeys) -> None:
             raise LocalError(
                 f"The kernel does not take over a TLS session: {_why(error, keys.cipher)}."
             ) from None
+
+
+def lost(sock: socket.socket) -> bool:
+    """Whether a connection is gone, both ways: what a writer has to ask, since writes do not say.
+
+    A reader's end of stream is a real one as long as it is not.
+
+    :param sock: one that :func:`install` was used on, and that this side has not shut.
+    """
+    poll = select.poll()
+    poll.register(sock, 0)
+    return bool(poll.poll(0))
 
 
 def probe() -> KernelTls:
