@@ -65,6 +65,7 @@ def _printing_to(file: IO[bytes]) -> Iterator[None]:
 
 def _main(path: str) -> None:
     console = os.fdopen(os.dup(2), "w")
+    os.chdir(tempfile.mkdtemp())  # as trial does
     with open(path, "r+b", buffering=0) as port, open(port.fileno(), closefd=False) as questions:
 
         def tell(what: dict[str, Any]) -> None:

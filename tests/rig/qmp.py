@@ -95,11 +95,13 @@ class QmpClient:
         arguments: dict[str, Any] | None = None,
         *,
         deadline: float = DEADLINE,
+        sock: socket.socket | None = None,
         **more: Any,
     ) -> Any:
         """Run a command and return what it returns.
 
         :param arguments: by their own names.
+        :param sock: what ``getfd`` is to get.
         :param more: further arguments; ``_`` in a name stands for ``-``.
         :raises QmpError: it was refused.
         :raises Lost: the connection ended.
@@ -115,6 +117,8 @@ class QmpClient:
             number = request["id"] = next(self._numbers)
             self._answers[number] = answer
         with contextlib.suppress(OSError):  # the reader finds out and says so
+            if sock is not None:
+                socket.send_fds(self._connection, [b" "], [sock.fileno()])
             self._connection.sendall(json.dumps(request).encode() + b"\n")
         reply = self._result(answer, command, deadline)
         if "error" in reply:
