@@ -30,10 +30,10 @@ demo: setup
 	@$(HOST) qemu-system-x86_64
 	@$(BIN)/python -m tests.demo
 
-test: setup qemus kernel
+test: kernel
 	@$(BIN)/trial --temp-directory=build/trial $(TESTS)
 
-test-kernel: setup qemus kernel
+test-kernel: kernel
 	@$(BIN)/trial --temp-directory=build/trial tests.kernel
 
 lint: setup
@@ -63,8 +63,10 @@ qemus: setup
 	@$(HOST) qemu-system-x86_64 ip
 	@$(BIN)/python -m tests.rig.qemus
 
-kernel: setup
+kernel: qemus
+	@$(HOST) /etc/libibverbs.d/rxe.driver
 	@$(BIN)/python -m tests.rig.kernel
+	@$(BIN)/python -m tests.rig.rdma
 
 $(VENV)/.python:
 	@$(HOST) --python $(PYTHON)

@@ -5,6 +5,7 @@
 ``news``         waiting for something to be true, by event
 ``process``      one child process with its log
 ``qmp``          a small synchronous QMP client
+``debian``       fetches Debian's packages, and installs nothing
 ``qemus``        finds QEMU 7.2, 10.0 and 11.x, fetching what the host lacks
 ``bootsector``   the guest: counts, dirties its RAM, and its RAM can be checked
 ``guest``        a QEMU that runs that guest
@@ -13,6 +14,13 @@
 ``netns``        two network namespaces and a link that can be cut
 ``users``        QEMUs of ordinary users, with limits
 ``case``         the base of the tests that use all this
+``tls``          a TLS session in user space that can go on in the kernel
+``wire``         a connection with somebody in between, who sees and changes
+``kernel``       finds a stock Debian kernel
+``lane``         runs tests on that kernel, and reports them out here
+``initramfs``    what that kernel starts with
+``inside``       what runs the tests in there
+``rdma``         an RDMA device in there
 ``host.sh``      installs the programs that the host lacks
 ===============  ==============================================================
 

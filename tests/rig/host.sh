@@ -1,5 +1,6 @@
 #!/bin/sh
-# Sees to the programs that the host has to have, each named as an argument.
+# Sees to the programs that the host has to have, each named as an argument; a file
+# that is no program is named by its path.
 #
 # Where this user may (root, or sudo without a password) and the host has apt, a
 # missing one is installed; otherwise it is named, and the caller goes on with
@@ -12,6 +13,7 @@ package_of() {
     case $1 in
         qemu-system-x86_64) echo qemu-system-x86 ;;
         ip) echo iproute2 ;;
+        /etc/libibverbs.d/*) echo ibverbs-providers ;;
         *) echo "$1" ;;
     esac
 }
@@ -68,8 +70,11 @@ fi
 
 missing=
 for program in "$@"; do
-    # Debian keeps some of them where an ordinary user's PATH does not lead.
-    PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || missing="$missing $(package_of "$program")"
+    case $program in
+        /*) [ -e "$program" ] ;;
+        # Debian keeps some of them where an ordinary user's PATH does not lead.
+        *) PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null ;;
+    esac || missing="$missing $(package_of "$program")"
 done
 # shellcheck disable=SC2086 # names of packages have no spaces
 [ -z "$missing" ] || install $missing

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from tests.rig.kernel import Kernel, require
 from tests.rig.process import Process, temporary_directory
 from tests.rig.qemus import LABELS, Qemu, Unavailable, find
 
-__all__ = ["KernelCase", "Lane", "LaneFailed", "Outcome", "inside"]
+__all__ = ["KernelCase", "Lane", "LaneFailed", "Outcome", "inside", "machine"]
 
 #: Set in the guest's environment.
 _INSIDE = "QMIGD_LANE"
@@ -87,18 +89,27 @@ class Lane:
 
         :raises LaneFailed: it did not come up.
         """
-        self._directory = temporary_directory()
-        self._log = os.path.join(self._directory, "console")
         began = time.monotonic()
+        self._closed = False
+        self._stack = ExitStack()
+        self._directory = temporary_directory()
+        self._stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
+        self._log = os.path.join(self._directory, "console")
         with socket.socket(socket.AF_UNIX) as listener:
             path = os.path.join(self._directory, "port")
             listener.bind(path)
             listener.listen(1)
-            listener.settimeout(DEADLINE)
             self._process = Process.start(self._argv(kernel, qemu, path), log=self._log)
-            self._port, _ = listener.accept()
+            self._stack.callback(self._process.close)
+            pidfd = os.pidfd_open(self._process.pid)
+            # QEMU connects before anything else, or ends and says why.
+            ready = select.select([listener.fileno(), pidfd], [], [], DEADLINE)[0]
+            os.close(pidfd)
+            if listener.fileno() not in ready:
+                raise self._dead()
+            self._port = self._stack.enter_context(listener.accept()[0])
         self._port.settimeout(DEADLINE * 1.5)  # inside it is over before
-        self._answers = self._port.makefile("r")
+        self._answers = self._stack.enter_context(self._port.makefile("r"))
         self.kernel = str(self._answer()["kernel"])
         self.boot_seconds = time.monotonic() - began
 
@@ -148,19 +159,18 @@ class Lane:
         return answer
 
     def _dead(self) -> LaneFailed:
+        """Make an end, and return what there is to say of it: to the first who asks, all."""
+        if self._closed:
+            return LaneFailed("The lane's guest has died over another test.")
+        self._process.close()
+        console = Path(self._log).read_text(errors="replace")
         self.close()
-        return LaneFailed(f"The lane's guest has died. Its console:\n{self._console[-6000:]}")
-
-    _console = ""
+        return LaneFailed(f"The lane's guest has died. Its console:\n{console[-6000:]}")
 
     def close(self) -> None:
         """End the guest; harmless when that has happened."""
-        self._answers.close()
-        self._port.close()
-        self._process.close()
-        if os.path.exists(self._log):
-            self._console = Path(self._log).read_text(errors="replace")
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._closed = True
+        self._stack.close()
 
 
 class KernelCase(RigCase):
@@ -213,7 +223,7 @@ class KernelCase(RigCase):
     def _get_lane() -> Lane:
         if KernelCase._lane is None:
             try:
-                KernelCase._lane = Lane(require(), _qemu())
+                KernelCase._lane = Lane(require(), machine())
             except Exception as error:
                 KernelCase._lane = error
         if isinstance(KernelCase._lane, Exception):
@@ -221,7 +231,7 @@ class KernelCase(RigCase):
         return KernelCase._lane
 
 
-def _qemu() -> Qemu:
+def machine() -> Qemu:
     """Return the QEMU that is the lane's machine: the oldest one that is here.
 
     :raises SkipTest: there is none.  Under ``CI`` that is a failure.

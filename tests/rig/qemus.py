@@ -31,11 +31,14 @@ class Qemu:
     :ivar label: what tests call it, one of :data:`LABELS`.
     :ivar version: its full version, ``"10.0.2"``.
     :ivar argv: the beginning of its command line.
+    :ivar suites: the suites of Debian's whose libraries it runs with; empty for the
+        system's own.
     """
 
     label: str
     version: str
     argv: tuple[str, ...]
+    suites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def _find(label: str) -> Qemu | str:
         return f"QEMU {label} is not here: the one in {root} does not run."
     if not version.startswith(source.prefix):
         return f"QEMU {label} is not here: {source.suites[-1]} has {version} by now."
-    return Qemu(label, version, argv)
+    return Qemu(label, version, argv, source.suites)
 
 
 def _version(argv: tuple[str, ...]) -> str:
