@@ -21,7 +21,7 @@ from qmigd.channels.kernel_tls import CIPHERS, TrafficKeys, install, lost, probe
 from qmigd.channels.pump import Pump
 from qmigd.errors import LocalError
 from tests.rig.lane import KernelCase
-from tests.rig.tls import connected, read_exactly, sessions
+from tests.rig.tls_records import connected, read_exactly, sessions
 from tests.rig.wire import Wire
 
 T = TypeVar("T")

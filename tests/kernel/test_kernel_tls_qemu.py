@@ -7,7 +7,7 @@ from tests.rig.bootsector import Program
 from tests.rig.lane import KernelCase
 from tests.rig.pair import PairCase, same_ram
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
-from tests.rig.tls import sessions
+from tests.rig.tls_records import sessions
 from tests.rig.wire import Wire
 
 _NAME = "channel"

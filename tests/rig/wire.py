@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 
-from tests.rig.tls import connected
+from tests.rig.tls_records import connected
 
 __all__ = ["Wire"]
 
