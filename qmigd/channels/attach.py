@@ -30,8 +30,9 @@ from twisted.internet.protocol import Factory
 from twisted.internet.protocol import Protocol as Connection
 from twisted.python.failure import Failure
 
+from qmigd.channels import kernel_tls
 from qmigd.channels.secured import Secured
-from qmigd.channels.tls import TlsSession
+from qmigd.channels.tls import PeerSocket, TlsSession, TlsSocket
 from qmigd.errors import (
     DeadlineError,
     MigrationError,
@@ -58,6 +59,24 @@ class Line:
 
     sock: socket.socket
     session: TlsSession | None = None
+
+    def plain(self) -> PeerSocket:
+        """Return what stream bytes are written to and read from; the line is used up.
+
+        Where the session has kept its keys, the kernel goes on with it.
+
+        :raises LocalError: the kernel does not; the connection is closed.
+        """
+        if self.session is None:
+            return self.sock
+        if not self.session.keeps_keys:
+            return TlsSocket(self.sock, self.session)
+        try:
+            kernel_tls.install(self.sock, self.session.take_keys())
+        except BaseException:
+            self.sock.close()
+            raise
+        return self.sock
 
 
 class _Failed(Protocol):

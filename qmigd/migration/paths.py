@@ -28,7 +28,6 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from ..channels import kernel_tls
 from ..channels.attach import Line, open_channel
 from ..channels.codecs import chain
 from ..channels.relay import (
@@ -41,7 +40,7 @@ from ..channels.relay import (
     SourceRelay,
 )
 from ..channels.secured import Secured, TlsSide
-from ..channels.tls import TlsSocket
+from ..channels.tls import PeerSocket, TlsSocket
 from ..errors import (
     GuestError,
     LocalError,
@@ -80,22 +79,6 @@ class _Path:
         self._secret = secret
         self._wake = wake
         self._relay: SourceRelay | DestinationRelay | None = None
-
-    def _plain(self, line: Line) -> socket.socket | TlsSocket:
-        """What stream bytes are written to and read from.
-
-        :raises LocalError: the kernel did not take the connection's TLS over.
-        """
-        if line.session is None:
-            return line.sock
-        if not line.session.keeps_keys:
-            return TlsSocket(line.sock, line.session)
-        try:
-            kernel_tls.install(line.sock, line.session.take_keys())
-        except BaseException:
-            line.sock.close()
-            raise
-        return line.sock
 
     @property
     def busy(self) -> bool:
@@ -139,7 +122,7 @@ class _Path:
             self._wake()
 
 
-def _socket(end: socket.socket | TlsSocket) -> socket.socket:
+def _socket(end: PeerSocket) -> socket.socket:
     """What QEMU can be given.
 
     :raises LocalError: the TLS on it is not in the kernel.
@@ -194,7 +177,7 @@ class SourcePath(_Path):
         self._relay = relay
         return str(relay.listen())
 
-    async def _channel(self, name: str, index: int) -> socket.socket | TlsSocket:
+    async def _channel(self, name: str, index: int) -> PeerSocket:
         role = RoleHeader(self._migration, name, index)
         tls = TLS in self._plan.features
         line = await open_channel(
@@ -206,7 +189,7 @@ class SourcePath(_Path):
             ),
             self._services.deadlines.handshake,
         )
-        return self._plain(line)
+        return line.plain()
 
 
 class DestinationPath(_Path):
@@ -271,13 +254,13 @@ class DestinationPath(_Path):
 
     def _relay_it(self, relay: DestinationRelay, name: str, index: int, line: Line) -> None:
         try:
-            relay.take(name, index, self._plain(line))
+            relay.take(name, index, line.plain())
         except QmigdError as error:
             self._fail(error)
 
     def _hand_over(self, name: str, index: int, line: Line) -> None:
         async def hand_over() -> None:
-            await self._guest.incoming(_socket(self._plain(line)))
+            await self._guest.incoming(_socket(line.plain()))
 
         Deferred.fromCoroutine(hand_over()).addErrback(self._refused)
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from tests.bench import handshakes, moves, negotiation, relay, streams
+from tests.bench import handshakes, moves, negotiation, relay, streams, tls
 from tests.bench.table import Row, to_json, write
 
 #: What measures a part: it gets the number of rounds, and somebody to tell of each.
@@ -26,52 +26,11 @@ Measure = Callable[[int, Callable[[str], None]], list[Row]]
 _BUSY = 0.5
 
 
-def _relays(rounds: int, tell: Callable[[str], None]) -> list[Row]:
-    """Compare relays in the same place; rows for each peer and number of channels."""
-    tell(f"{rounds} rounds")
-    costs = relay.measure(rounds)
-    ours = {cost.channels: cost for cost in costs if cost.relay == relay.OURS}
-    peers = [cost for cost in costs if cost.relay != relay.OURS]
-    return [
-        *(_relay_cpu(ours[cost.channels], cost, rounds) for cost in peers),
-        *(_relay_speed(ours[cost.channels], cost, rounds) for cost in peers),
-        *(Row("relay", "total CPU", "", peer=f"{name}: not installed") for name in relay.missing()),
-    ]
-
-
-def _relay_cpu(our: relay.RelayCost, their: relay.RelayCost, rounds: int) -> Row:
-    return Row(
-        "relay",
-        f"{_channels(our.channels)}: total CPU",
-        "s/GiB",
-        our.cpu,
-        their.relay,
-        their.cpu,
-        "ratio",
-        1 / their.ratio,
-        target="below 1.00",
-        met=their.ratio > 1,
-        rounds=rounds,
-    )
-
-
-def _relay_speed(our: relay.RelayCost, their: relay.RelayCost, rounds: int) -> Row:
-    ratio = our.speed / their.speed
-    what = f"{_channels(our.channels)}: speed"
-    return Row(
-        *("relay", what, "GiB/s", our.speed, their.relay, their.speed, "ratio", ratio),
-        rounds=rounds,
-    )
-
-
-def _channels(count: int) -> str:
-    return f"{count} channel" + "s" * (count > 1)
-
-
 _PARTS: dict[str, tuple[Measure, int]] = {
     negotiation.PART: (negotiation.measure, negotiation.ROUNDS),
     streams.PART: (streams.measure, streams.ROUNDS),
-    "relay": (_relays, 7),
+    relay.PART: (relay.measure, relay.ROUNDS),
+    tls.PART: (tls.measure, tls.ROUNDS),
     handshakes.PART: (handshakes.measure, handshakes.ROUNDS),
 }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from qmigd.wire.greeting import VERSION, Reply
 from qmigd.wire.messages import Guest, Start
-from tests.bench.moves import cpu_seconds
+from tests.bench.course import cpu_seconds
 from tests.bench.table import Row, single
 from tests.rig.daemons import Daemon
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tests.bench.course import cpu_seconds
 from tests.bench.qmp import Client
 from tests.rig.bootsector import Program
 from tests.rig.daemons import Daemon, free_ports
@@ -30,7 +31,7 @@ from tests.rig.guest import Guest
 from tests.rig.process import temporary_directory
 from tests.rig.qemus import Qemu
 
-__all__ = ["FEATURES", "Chain", "Moved", "Way", "cpu_seconds", "system_qemu"]
+__all__ = ["FEATURES", "Chain", "Moved", "Way", "system_qemu"]
 
 #: The features that a way can ask for or do without.
 FEATURES = ("multifd", "postcopy-ram", "postcopy-preempt")
@@ -102,12 +103,6 @@ class Moved:
     cpu: float
     daemons_cpu: float = 0.0
     told: float = 0.0
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of any process, all its threads included."""
-    # Linux: clock_getcpuclockid(3).
-    return time.clock_gettime(~pid << 3 | 2)
 
 
 @functools.cache

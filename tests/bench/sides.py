@@ -1,0 +1,225 @@
+"""qmigd's two sides on the course: real relays and real channels, without the daemon around.
+
+As processes: ``origin`` is the source's qmigd, ``destination`` the other one.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.bench.course import Contestant, Place, Relays, line, say
+from tests.rig.certificates import Authority, Files
+
+__all__ = ["How", "contestant"]
+
+_ID = uuid.UUID(int=1)
+_SECRET = bytes(32)
+_ADDRESS = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class How:
+    """What qmigd is to do with the stream.
+
+    :ivar path: the plan's.
+    :ivar tls: by whom it is encrypted: ``relay``: by the relay's threads; ``kernel``; or not.
+    """
+
+    path: Literal["relay", "handover"] = "relay"
+    tls: Literal["", "relay", "kernel"] = ""
+
+
+def contestant(name: str, how: How) -> Contestant:
+    """Return qmigd as a contestant."""
+    return Contestant(name, partial(_start, how))
+
+
+def _start(how: How, place: Place) -> Relays:
+    directory, handed = str(place.directory), how.path == "handover"
+    Authority(directory).host(_ADDRESS)
+    words = (directory, str(place.channels), json.dumps(asdict(how)))
+    sink_path = str(place.directory / "sink")
+    if handed:
+        sink = place.sink(sink_path, handed=True)
+    far = place.spawn(__name__, "destination", *words, sink_path)
+    port, path = line(far).split()
+    if not handed:
+        sink = place.sink(path)
+    near = place.spawn(__name__, "origin", *words, port)
+    return Relays([line(near)], (near, far), sink, handed)
+
+
+def _security(directory: str) -> Any:
+    """What the daemon of either side has, if it has certificates."""
+    from qmigd.migration.security import Security
+
+    path = Path(directory)
+    files = Files(path / "host1-cert.pem", path / "host1-key.pem", path / "ca-cert.pem")
+    return Security(files.store())
+
+
+def _plan(count: int) -> list[tuple[str, int]]:
+    """The channels, and one before them for the first byte."""
+    return [("main", 0), *(("multifd", index) for index in range(count))]
+
+
+def _give(sock: socket.socket, end: socket.socket) -> None:
+    """Hand a socket over to whoever is at the other end of ``sock``."""
+    with sock, end:
+        socket.send_fds(sock, [b"x"], [end.fileno()])
+
+
+# The source's side.
+
+
+def _origin(directory: str, count: int, how: How, port: int) -> None:
+    """The source's qmigd."""
+    from twisted.internet import reactor
+    from twisted.internet.endpoints import TCP4ClientEndpoint
+
+    from qmigd.channels.attach import open_channel
+    from qmigd.channels.relay import SourceRelay
+    from qmigd.channels.secured import Secured
+    from qmigd.handshake.channel import ChannelHandshake
+    from qmigd.wire.role import RoleHeader
+
+    run: Any = reactor
+    endpoint = TCP4ClientEndpoint(run, _ADDRESS, port)
+    side = None
+    if how.tls:
+        side = _security(directory).calling(_ADDRESS, keep_keys=how.tls == "kernel")
+
+    async def open_it(name: str, index: int) -> Any:
+        role = RoleHeader(_ID, name, index)
+        machine = Secured(ChannelHandshake(role, _SECRET, tls=side is not None), side)
+        return (await open_channel(run, endpoint, machine, 10)).plain()
+
+    if how.path == "handover":
+        path = f"{directory}/source"
+        _hand_over(run, path, _plan(count), open_it)
+        say(path)
+    else:
+        say(SourceRelay(run, directory, _plan(count), open_it, _heard).listen().path)
+    run.run()
+
+
+def _hand_over(
+    reactor: Any, path: str, plan: list[tuple[str, int]], open_it: Callable[..., Any]
+) -> None:
+    """Give whoever connects there a channel, one after the other."""
+    from twisted.internet.defer import Deferred
+    from twisted.internet.protocol import Factory, Protocol
+
+    from qmigd.transports.sockets import detach
+
+    async def give(sock: socket.socket) -> None:
+        _give(sock, await open_it(*plan.pop(0)))
+
+    class Port(Protocol):
+        def connectionMade(self) -> None:
+            Deferred.fromCoroutine(give(detach(self.transport)))
+
+    reactor.listenUNIX(path, Factory.forProtocol(Port))
+
+
+# The destination's side.
+
+
+def _destination(directory: str, count: int, how: How, sink: str) -> None:
+    """The destination's qmigd."""
+    from twisted.internet import reactor
+    from twisted.internet.protocol import Factory
+
+    from qmigd.channels.attach import Attachments, Line
+    from qmigd.channels.identity import peer_names
+    from qmigd.channels.relay import DestinationRelay
+
+    run: Any = reactor
+    side = peer = None
+    if how.tls:
+        security = _security(directory)
+        side = security.called(keep_keys=how.tls == "kernel")
+        peer = peer_names(security.store.current.chain[0])  # both have the same certificate
+    attachments = Attachments()
+    path = sink
+    if how.path == "handover":
+
+        def take(name: str, index: int, line: Line) -> None:
+            to_sink = socket.socket(socket.AF_UNIX)
+            to_sink.connect(sink)
+            end = line.plain()
+            assert isinstance(end, socket.socket)
+            _give(to_sink, end)
+
+    else:
+        relay = DestinationRelay(run, directory, _heard)
+        path = relay.address.path
+
+        def take(name: str, index: int, line: Line) -> None:
+            relay.take(name, index, line.plain())
+
+    attachments.expect(_ID, _SECRET, _plan(count), take, peer)
+    factory = Factory.forProtocol(lambda: _port(attachments, side))
+    port = run.listenTCP(0, factory, interface=_ADDRESS)
+    say(f"{port.getHost().port} {path}")
+    run.run()
+
+
+def _port(attachments: Any, side: Any) -> Any:
+    """A connection to the destination's port, for payload channels only."""
+    from twisted.internet.protocol import Protocol
+
+    from qmigd.channels.secured import Secured
+    from qmigd.handshake.destination import DestinationHandshake
+    from qmigd.handshake.events import ChannelOpened
+    from qmigd.transports.sockets import limit_reads
+
+    class Port(Protocol):
+        transport: Any
+
+        def connectionMade(self) -> None:
+            self.bytes = Secured(DestinationHandshake([]), side)
+            self._go_on()
+
+        def dataReceived(self, data: bytes) -> None:
+            for event in self.bytes.receive(data):
+                if isinstance(event, ChannelOpened):
+                    session = self.bytes.session
+                    claim = attachments.claim(event.role, session.peer if session else None)
+                    self.bytes.machine.attached()
+                    claim.hand_over(self.transport, self.bytes.data_to_send(), session)
+                    return
+            self._go_on()
+
+        def _go_on(self) -> None:
+            self.transport.write(self.bytes.data_to_send())
+            limit_reads(self.transport, self.bytes.wanted)
+
+    return Port()
+
+
+def _heard(event: Any) -> None:
+    from qmigd.channels.relay import ChannelEnded
+
+    if not isinstance(event, ChannelEnded):
+        print(event, file=sys.stderr)
+
+
+def _main(words: list[str]) -> None:
+    match words:
+        case ["origin", directory, count, how, port]:
+            _origin(directory, int(count), How(**json.loads(how)), int(port))
+        case ["destination", directory, count, how, sink]:
+            _destination(directory, int(count), How(**json.loads(how)), sink)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
