@@ -119,7 +119,7 @@ class Lane:
         archive.write_bytes(
             initramfs(
                 kernel,
-                [sys.executable, "-B", "-m", "tests.rig.inside"],
+                [sys.executable, "-m", "tests.rig.inside"],
                 directory=str(_ROOT),
                 environment={**environment, "HOME": "/root", _INSIDE: "1"},
                 paths=[str(_ROOT), sys.prefix, sys.base_prefix],
