@@ -38,11 +38,13 @@ from zope.interface import Attribute, Interface, implementer
 
 __all__ = [
     "CONFLICT",
+    "COPY",
     "DIRECT",
     "GUEST",
     "HANDOVER",
     "HOST",
     "KERNEL",
+    "MOVERS",
     "PATH",
     "PATHS",
     "PLACES",
@@ -89,6 +91,10 @@ POLICY = "policy"
 CONFLICT = "conflict"
 PATH = "path"
 PLACES = (HOST, KERNEL, QEMU, GUEST, POLICY, CONFLICT, PATH)
+
+#: The ways in which a relay can move bytes from socket to socket (docs/paths).
+COPY = "copy"
+MOVERS = (COPY, "splice", "zerocopy")
 
 
 @dataclass(frozen=True)

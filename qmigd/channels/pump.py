@@ -5,10 +5,11 @@
     the guest's QEMU  --- outward: encode --->  the peer
        (unix socket)  <--- inward: decode ----  (the wire)
 
-Each direction (:class:`Flow`) has a thread that does nothing but copy; it blocks where
-there is nothing to read and where nobody takes what it writes, so that a relay holds no
-more than one buffer for a direction.  Its last act is to tell the reactor's thread how
-it ended.  All that follows from an end is decided there, in :class:`Pump`:
+Each direction (:class:`Flow`) has a thread that does nothing but move bytes, in one of
+several ways (:mod:`qmigd.channels.movers`); it blocks where there is nothing to read and
+where nobody takes what it writes, so that a relay holds no more than one buffer for a
+direction.  Its last act is to tell the reactor's thread how it ended.  All that follows
+from an end is decided there, in :class:`Pump`:
 
 - the end of a stream is passed on: the other socket is shut for writing, and the
   opposite direction goes on until it ends too;
@@ -25,57 +26,28 @@ blocks; descriptors are closed only once no thread can be using them.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import socket
-import struct
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from qmigd.channels.movers import BUFFER_SIZE, End, copy, mover_for
 from qmigd.channels.tls import PeerSocket
-from qmigd.interfaces import ICodec
+from qmigd.interfaces import COPY, ICodec
 from qmigd.transports.sockets import set_send_buffer
 
 __all__ = ["BUFFER_SIZE", "SEND_BUFFER", "End", "Flow", "Pump"]
 
 log = Logger()
 
-#: Bytes that one read takes at the most, and so what a direction holds at the most.
-BUFFER_SIZE: Final = 1 << 20
-
 #: Bytes asked for in front of a slow QEMU (SO_SNDBUF of the unix socket that is written
 #: to).  With the kernel's 208 KiB the two sides wake each other for every bit; more than
-#: this gains nothing, and what is on its way is what postcopy can lose.  This number and
-#: the next ones come from tests/bench/relay.py.
+#: this gains nothing, and what is on its way is what postcopy can lose.  The number comes
+#: from tests/bench/relay.py.
 SEND_BUFFER: Final = 2 << 20
-
-# Gathering: while a stream comes in bulk over TCP, a read is better left to wait until
-# _GATHER bytes are there than woken for every segment; a tenth of the CPU time of all.
-# It begins with a read of _BULK bytes, and ends with one that had less than half of
-# _GATHER after _PATIENCE seconds (the kernel rounds that up to its next tick but one): a
-# stream slower than that, and whatever goes to and fro, is passed on at once.
-_GATHER: Final = 512 << 10
-_BULK: Final = 64 << 10
-_PATIENCE: Final = 0.001
-
-
-@dataclass(frozen=True)
-class End:
-    """How a direction ended.
-
-    :ivar what: ``eof``: its source had no more to say; ``source`` or ``sink``: that
-        socket failed; ``codec``: the bytes could not be encoded or decoded.
-    :ivar text: why, for people; empty for ``eof``.
-    :ivar mistake: what a codec raised that it should not have.
-    """
-
-    what: Literal["eof", "source", "sink", "codec"]
-    text: str = ""
-    mistake: Failure | None = None
 
 
 class Flow:
@@ -91,16 +63,19 @@ class Flow:
         sink: PeerSocket,
         report: Callable[[Flow, End], None],
         *,
+        mover: str = COPY,
         encoder: ICodec | None = None,
         decoder: ICodec | None = None,
     ) -> None:
         """
         :param report: called in the flow's own thread, as the last thing it does.
+        :param mover: how bytes are moved; with a codec they are copied.
         """
         self.moved = 0
         self._source = source
         self._sink = sink
         self._report = report
+        self._mover = mover
         self._encoder = encoder
         self._decoder = decoder
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -117,7 +92,7 @@ class Flow:
 
     def _run(self) -> None:
         try:
-            end = self._copy()
+            end = self._move()
         except ValueError as error:
             end = End("codec", str(error))
         except Exception as error:
@@ -125,50 +100,14 @@ class Flow:
             end = End("codec", f"the codec failed: {error!r}", Failure())
         self._report(self, end)
 
-    def _copy(self) -> End:
-        encoder, decoder = self._encoder, self._decoder
-        # A mapping of its own: page-aligned, and touched only as far as it is used.
-        area = mmap.mmap(-1, BUFFER_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        view = memoryview(area)
-        receive, send = self._source.recv_into, self._sink.sendall
-        can_gather = self._source.family in (socket.AF_INET, socket.AF_INET6)
-        gathering = False
-        while True:
-            try:
-                size = receive(area)
-            except BlockingIOError:
-                # Only while gathering: nothing has come.
-                gathering = _gather(self._source, False)
-                continue
-            except OSError as error:
-                return End("source", _said(error))
-            if can_gather and gathering != (size >= (_GATHER // 2 if gathering else _BULK)):
-                gathering = _gather(self._source, not gathering)
-            data: bytes | memoryview = view[:size]
-            if encoder is not None:
-                data = encoder.encode(view[:size]) if size else encoder.finish()
-            elif decoder is not None and size:
-                data = decoder.decode(view[:size])
-            if len(data):
-                try:
-                    send(data)
-                except OSError as error:
-                    return End("sink", _said(error))
-            if not size:
-                return End("eof")
-            self.moved += size if decoder is None else len(data)
+    def _move(self) -> End:
+        source, sink = self._source, self._sink
+        if self._encoder is None and self._decoder is None:
+            return mover_for(self._mover, source, sink)(source, sink, self._count)
+        return copy(source, sink, self._count, encoder=self._encoder, decoder=self._decoder)
 
-
-def _gather(sock: PeerSocket, on: bool) -> bool:
-    """Have a read wait for more, or not; returns ``on``."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _GATHER if on else 1)
-    patience = struct.pack("ll", 0, int(_PATIENCE * 1e6) if on else 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
-    return on
-
-
-def _said(error: OSError) -> str:
-    return error.strerror or str(error)
+    def _count(self, size: int) -> None:
+        self.moved += size
 
 
 class Pump:
@@ -190,6 +129,8 @@ class Pump:
         on_held: Callable[[], None],
         on_end: Callable[[str], None],
         codec: Callable[[], ICodec] | None = None,
+        outward: str = COPY,
+        inward: str = COPY,
         hold: bool = False,
     ) -> None:
         """
@@ -203,6 +144,9 @@ class Pump:
         :param on_held: told when the end of the peer's stream was not passed on, once.
         :param on_end: gets the reason when it has ended, once.
         :param codec: makes what encodes and decodes, one object for each direction.
+        :param outward: the mover from QEMU to the peer, out of
+            :data:`~qmigd.interfaces.MOVERS`; where there is a codec, bytes are copied.
+        :param inward: the mover from the peer to QEMU.
         """
         self.hold = hold
         self.lost: str | None = None
@@ -215,10 +159,20 @@ class Pump:
         self._on_end = on_end
         self._closing: str | None = None
         self._outward = Flow(
-            f"{name} out", guest, wire, self._report, encoder=codec() if codec else None
+            f"{name} out",
+            guest,
+            wire,
+            self._report,
+            mover=outward,
+            encoder=codec() if codec else None,
         )
         self._inward = Flow(
-            f"{name} in", wire, guest, self._report, decoder=codec() if codec else None
+            f"{name} in",
+            wire,
+            guest,
+            self._report,
+            mover=inward,
+            decoder=codec() if codec else None,
         )
         self._running: set[Flow] = set()
 

@@ -35,7 +35,7 @@ from twisted.logger import Logger
 from qmigd.channels.pump import Pump
 from qmigd.channels.tls import PeerSocket
 from qmigd.errors import GuestGone, LocalError, QmigdError
-from qmigd.interfaces import ICodec
+from qmigd.interfaces import COPY, ICodec
 from qmigd.transports.sockets import detach
 from qmigd.transports.uri import MAX_UNIX_PATH, UnixAddress
 
@@ -141,10 +141,15 @@ class _Relay:
         run_dir: str | os.PathLike[str],
         on_event: Callable[[RelayEvent], None],
         codec: Callable[[], ICodec] | None,
+        *,
+        outward: str = COPY,
+        inward: str = COPY,
     ) -> None:
         self._reactor = reactor
         self._on_event = on_event
         self._codec = codec
+        self._outward = outward
+        self._inward = inward
         self._hold = False
         self._aborted: str | None = None
         self._channels: list[_Channel] = []
@@ -297,6 +302,8 @@ class _Relay:
                 on_held=lambda: self._tell(ChannelHeld(channel.id, "the peer closed its end")),
                 on_end=lambda reason: self._tell(ChannelEnded(channel.id, reason)),
                 codec=self._codec,
+                outward=self._outward,
+                inward=self._inward,
                 hold=self._hold,
             )
         except Exception:
@@ -337,6 +344,7 @@ class SourceRelay(_Relay):
         open_channel: Callable[[str, int], Awaitable[PeerSocket]],
         on_event: Callable[[RelayEvent], None],
         codec: Callable[[], ICodec] | None = None,
+        mover: str = COPY,
     ) -> None:
         """
         :param run_dir: where its directory is made; as short a path as can be.
@@ -344,9 +352,11 @@ class SourceRelay(_Relay):
         :param open_channel: opens one to the peer, and returns its socket once payload
             may flow; its errors are :class:`~qmigd.errors.QmigdError`.
         :param codec: makes what encodes and decodes, an object for each direction.
+        :param mover: how the stream is moved to the peer, out of
+            :data:`~qmigd.interfaces.MOVERS`; what comes back is little, and copied.
         :raises LocalError: ``run_dir`` cannot be used, or has too long a path.
         """
-        super().__init__(reactor, run_dir, on_event, codec)
+        super().__init__(reactor, run_dir, on_event, codec, outward=mover)
         self._planned = deque(channels)
         self._open_channel = open_channel
         self._port: IListeningPort | None = None
@@ -417,13 +427,16 @@ class DestinationRelay(_Relay):
         run_dir: str | os.PathLike[str],
         on_event: Callable[[RelayEvent], None],
         codec: Callable[[], ICodec] | None = None,
+        mover: str = COPY,
     ) -> None:
         """
         :param run_dir: where its directory is made; as short a path as can be.
         :param codec: makes what encodes and decodes, an object for each direction.
+        :param mover: how the stream is moved to QEMU, out of
+            :data:`~qmigd.interfaces.MOVERS`; what goes back is little, and copied.
         :raises LocalError: ``run_dir`` cannot be used, or has too long a path.
         """
-        super().__init__(reactor, run_dir, on_event, codec)
+        super().__init__(reactor, run_dir, on_event, codec, inward=mover)
 
     def take(self, name: str, index: int, wire: PeerSocket) -> None:
         """A channel from the peer, ready for payload."""
