@@ -105,6 +105,9 @@ class Framed:
 class PumpCase(TestCase):
     """Has pumps made, and sees that nothing is left of them."""
 
+    #: What moves their bytes, both ways.
+    mover = "copy"
+
     def setUp(self) -> None:
         """Every test leaves no thread behind."""
         self.before = pump_threads()
@@ -144,6 +147,8 @@ class PumpCase(TestCase):
             on_held=lambda: self.held.append(None),
             on_end=self.ended.callback,
             codec=codec,
+            outward=self.mover,
+            inward=self.mover,
         )
         self.pump = pump
         self.addCleanup(qemu.close)

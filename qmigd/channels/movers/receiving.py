@@ -180,10 +180,6 @@ class Receiving:
             for size in filter(None, sizes):
                 pieces.append(self._copies[copies : copies + size])
                 copies += size
-            if look.err:
-                # Now it is with us: the socket does not tell it twice.
-                self._lost = OSError(-look.err, os.strerror(-look.err))
-                break
             if look.inq <= sum(sizes[1:]) or not (look.length or copies):
                 break
         if not pieces and self._lost is not None:
@@ -205,6 +201,9 @@ class Receiving:
             *(ctypes.byref(look), ctypes.byref(size)),
         ):
             raise _error()
+        if look.err:
+            # Now it is with us: the socket does not tell it twice.
+            self._lost = OSError(-look.err, os.strerror(-look.err))
         return look
 
     def gather(self, on: bool) -> None:

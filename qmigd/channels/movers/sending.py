@@ -24,7 +24,7 @@ from qmigd.channels.movers.common import BUFFER_SIZE, Count, End, said
 from qmigd.channels.movers.copying import copy
 from qmigd.channels.movers.ring import Ring
 
-__all__ = ["COPIED_ENOUGH", "enable", "send"]
+__all__ = ["COPIED_ENOUGH", "Sending", "enable", "send"]
 
 # Constants of Linux that the socket module does not name: SO_ZEROCOPY
 # (asm-generic/socket.h), MSG_ZEROCOPY (linux/socket.h), and from linux/errqueue.h
@@ -62,7 +62,7 @@ def send(source: socket.socket, sink: socket.socket, count: Count) -> End:
         return copy(source, sink, count)
     # What is still being sent when this returns is pinned: letting go of the mapping
     # takes the pages from us, not from the kernel.
-    sending = _Sending(sink)
+    sending = Sending(sink)
     view = memoryview(area)
     buffers = [view[at : at + _SIZE] for at in range(0, len(area), _SIZE)]
     while sending.ring.copied < COPIED_ENOUGH:
@@ -93,7 +93,7 @@ def enable(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY, 1)
 
 
-class _Sending:
+class Sending:
     """A TCP socket that is sent to without copying."""
 
     def __init__(self, sink: socket.socket) -> None:
@@ -109,7 +109,7 @@ class _Sending:
         :raises OSError: the connection is lost.
         """
         while not self.ring.free:
-            self._wait()
+            self.wait()
 
     def send(self, data: memoryview) -> None:
         """Send the current buffer's bytes, and turn to the next one.
@@ -130,14 +130,18 @@ class _Sending:
                 if not self.ring.outstanding:
                     self._sink.sendall(data)
                     break
-                self._wait()
+                self.wait()
                 continue
             self.ring.sent()
             data = data[taken:]
         self.ring.turn()
         self._reap()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait for a completion.
+
+        :raises OSError: the connection is lost.
+        """
         for _, events in self._poll.poll():
             if self._reap():
                 continue
