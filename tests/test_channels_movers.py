@@ -94,7 +94,7 @@ class MoverTests(pumps.PumpTests):
     async def test_odd_pieces_both_ways(self) -> None:
         """Whatever the pieces that are written and read, both streams come whole."""
         pump, qemu, peer = self.make()
-        there, back = random.Random(1).randbytes(25 * MIB), random.Random(2).randbytes(24 * MIB)
+        there, back = random.Random(1).randbytes(12 * MIB), random.Random(2).randbytes(11 * MIB)
         digests = await gatherResults(
             [
                 deferToThread(write_in_pieces, qemu, there, 3),
@@ -111,7 +111,7 @@ class MoverTests(pumps.PumpTests):
     async def test_pages_from_the_peer(self) -> None:
         """What comes in whole pages, as from a card with header split, comes whole."""
         _, qemu, peer = self.make()
-        data = random.Random(1).randbytes(24 * MIB + 77)
+        data = random.Random(1).randbytes(9 * MIB + 77)
         writing = deferToThread(write_without_copying, peer, data)
         there, back = await gatherResults([writing, deferToThread(read_all, qemu)])
         self.assertEqual(there, back)
@@ -122,7 +122,7 @@ class MoverTests(pumps.PumpTests):
         one, source, _ = self.make(near)
         one_ended = self.ended
         two, destination, _ = self.make(far)
-        data = random.Random(1).randbytes(40 * MIB + 4097)
+        data = random.Random(1).randbytes(28 * MIB + 4097)
         written, read = await gatherResults(
             [deferToThread(write_all, source, data), deferToThread(read_all, destination)]
         )
