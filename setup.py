@@ -71,6 +71,7 @@ setup(
             "postcopy-ram = qmigd.features.postcopy:feature",
             "postcopy-preempt = qmigd.features.preempt:feature",
             "tls = qmigd.features.tls:feature",
+            "zero-copy-receive = qmigd.features.zero_copy_receive:feature",
         ],
     },
 )

@@ -14,11 +14,11 @@ entry-point group ``qmigd.features`` or by a drop-in module in
     propose()     ---- FEATURE message ---->   probe_guest()
                                                answer()
     accept()      <--- FEATURE message -----
-    settings(), channels(), codec()            settings(), channels(), codec()
+    settings(), channels(), codec(), mover()   settings(), channels(), codec(), mover()
 
 What :meth:`IFeature.answer` returns is the *agreement*: after
 :meth:`IFeature.accept` has seen it, both sides hand the same mapping to
-``settings``, ``channels`` and ``codec``.  Whoever has to give the feature up in
+``settings``, ``channels``, ``codec`` and ``mover``.  Whoever has to give the feature up in
 between raises :class:`Withdraw` with the reason; the migration goes on without.
 
 A feature does no I/O of its own, keeps no state between migrations, and never
@@ -71,6 +71,7 @@ __all__ = [
     "Tunable",
     "Withdraw",
     "Yes",
+    "ZeroCopy",
 ]
 
 Role = Literal["source", "destination"]
@@ -140,12 +141,15 @@ class Rank(IntEnum):
     """What a feature gains.  Where two exclude each other, the higher one is taken.
 
     One that is ``ON_REQUEST`` is offered, but taken only if somebody prefers or requires it.
+    ``THRIFT`` is CPU time on the way that is taken anyhow: one of these is never a reason
+    for another path, unless somebody prefers or requires it.
     """
 
     ON_REQUEST = 0
-    SPEED = 1
-    CERTAINTY = 2
-    SECURITY = 3
+    THRIFT = 1
+    SPEED = 2
+    CERTAINTY = 3
+    SECURITY = 4
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,22 @@ class RdmaDevice:
 
 
 @dataclass(frozen=True)
+class ZeroCopy:
+    """How a relay on this host moves a guest's stream, out of :data:`MOVERS`."""
+
+    #: From QEMU to the network.
+    send: str = COPY
+    #: From the network to QEMU.
+    receive: str = COPY
+    #: Why it copies, where it does so both ways.
+    obstacle: No = No("it is not known yet whether this host would gain")
+
+
+@dataclass(frozen=True)
 class Host:
     """What a feature may know of the host that its daemon runs on.
 
-    All of it is gathered once, when the daemon starts.
+    It is gathered once, when the daemon starts, but for what takes time to find out.
     """
 
     #: CPUs that this process may use.
@@ -184,6 +200,8 @@ class Host:
     #: The most bytes that a TCP socket's send buffer can grow to by itself: the third
     #: number of ``net.ipv4.tcp_wmem``; ``None``: not known.
     tcp_send_buffer: int | None = None
+    #: What moves bytes at the least cost in a relay; found out some time after the start.
+    zero_copy: ZeroCopy = field(default_factory=ZeroCopy)
 
 
 @dataclass(frozen=True)
@@ -424,6 +442,12 @@ class IFeature(Interface):
         Only a feature whose ``paths`` is ``{RELAY}`` can have one.
         """
 
+    def mover(agreement: Mapping[str, Any], role: Role) -> str | None:
+        """Return how the relay of this side moves the stream, or ``None``: as it likes.
+
+        One of :data:`MOVERS`; with a codec, the relay copies all the same.
+        """
+
 
 @implementer(IFeature)
 class Feature:
@@ -470,6 +494,9 @@ class Feature:
         return ()
 
     def codec(self, agreement: Mapping[str, Any]) -> Callable[[], ICodec] | None:
+        return None
+
+    def mover(self, agreement: Mapping[str, Any], role: Role) -> str | None:
         return None
 
 

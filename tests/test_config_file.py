@@ -42,6 +42,7 @@ class GoodFileTests(SynchronousTestCase):
         self.assertEqual("/run/qmigd/qmigd.sock", daemon.monitor)
         self.assertEqual(Path("/var/lib/qmigd"), daemon.state_dir)
         self.assertEqual(range(49152, 49216), daemon.direct_ports)
+        self.assertEqual("measure", daemon.zero_copy)
         self.assertFalse(daemon.insecure)
         self.assertEqual(
             (10.0, 10.0, 10.0),
@@ -61,6 +62,7 @@ class GoodFileTests(SynchronousTestCase):
             monitor = "unix:/run/m"
             state-dir = "/srv/q"
             direct-ports = "1000-1001"
+            zero-copy = "splice"
             insecure = true
             handshake-deadline = 1.5
             peer-deadline = 2
@@ -87,6 +89,7 @@ class GoodFileTests(SynchronousTestCase):
         self.assertEqual("/run/m", daemon.monitor)
         self.assertEqual(Path("/srv/q"), daemon.state_dir)
         self.assertEqual(range(1000, 1002), daemon.direct_ports)
+        self.assertEqual("splice", daemon.zero_copy)
         self.assertTrue(daemon.insecure)
         self.assertEqual(
             (1.5, 2.0, 3.0),
@@ -135,7 +138,7 @@ class GoodFileTests(SynchronousTestCase):
         keys = {line.partition("=")[0].strip() for line in shown if "=" in line}
         self.assertEqual(
             {
-                "listen", "monitor", "state-dir", "direct-ports", "insecure",
+                "listen", "monitor", "state-dir", "direct-ports", "zero-copy", "insecure",
                 "handshake-deadline", "peer-deadline", "guest-deadline",
                 "certificate", "key", "ca", "allow",
                 "tls", "prefer", "require", "exclude", "source-after", "qmp", "launch",
@@ -316,6 +319,8 @@ class BadFileTests(SynchronousTestCase):
             (f'monitor = "unix:/{"x" * 107}"', "too long"),
             ('state-dir = "lib"', "must be a whole path"),
             ('state-dir = ""', "must not be empty"),
+            ('zero-copy = "copy"', 'one of "measure", "off", "splice", "zerocopy"'),
+            ("zero-copy = true", 'one of "measure", "off", "splice", "zerocopy"'),
             ('direct-ports = "9-8"', "from a lower port to a higher one"),
             ('direct-ports = "0-8"', "from a lower port to a higher one"),
             ('direct-ports = "1-65536"', "from a lower port to a higher one"),

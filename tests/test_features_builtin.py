@@ -8,8 +8,8 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import classImplements
 
-from qmigd.features import multifd, postcopy, preempt, registry
-from qmigd.interfaces import Feature, GuestFacts, Host, IFeature, Role, Withdraw
+from qmigd.features import multifd, postcopy, preempt, registry, zero_copy_receive
+from qmigd.interfaces import Feature, GuestFacts, Host, IFeature, No, Role, Withdraw, ZeroCopy
 
 ROLES: tuple[Role, ...] = ("source", "destination")
 
@@ -135,6 +135,53 @@ class Half:
 
 
 classImplements(Half, IFeature)  # type: ignore[misc]
+
+
+class ZeroCopyReceiveTests(SynchronousTestCase):
+    """Each side moves bytes as is cheapest there, and the agreement says how."""
+
+    one = zero_copy_receive.feature
+
+    def agree(self, send: str, receive: str) -> dict[str, Any]:
+        """What a source that sends so and a destination that receives so come to."""
+        source, destination = Host(1, zero_copy=ZeroCopy(send)), Host(1)
+        destination = Host(1, zero_copy=ZeroCopy(receive=receive))
+        proposal = self.one.propose(guest(), source, {})
+        agreement = self.one.answer(guest(), destination, proposal)
+        self.one.accept(proposal, agreement)
+        return agreement
+
+    def test_offered_by_who_gains(self) -> None:
+        """In one direction at least; otherwise the host's own reason is given."""
+        refusal = No("a copy is cheaper")
+        self.assertIs(self.one.probe_host(Host(1, zero_copy=ZeroCopy(obstacle=refusal))), refusal)
+        for gains in (ZeroCopy("splice"), ZeroCopy(receive="zerocopy")):
+            self.assertTrue(self.one.probe_host(Host(1, zero_copy=gains)))
+
+    def test_not_known_yet(self) -> None:
+        """Before anything was measured it is not offered, and says so."""
+        answer = self.one.probe_host(Host(1))
+        assert isinstance(answer, No)
+        self.assertIn("not known yet", answer.reason)
+
+    def test_each_side_its_own(self) -> None:
+        """A side for which a copy is the cheapest copies."""
+        for send, receive in (("splice", "zerocopy"), ("copy", "splice"), ("zerocopy", "copy")):
+            agreement = self.agree(send, receive)
+            self.assertEqual(agreement, {"send": send, "receive": receive})
+            self.assertEqual(self.one.mover(agreement, "source"), send)
+            self.assertEqual(self.one.mover(agreement, "destination"), receive)
+
+    def test_nobody_gains_in_this_direction(self) -> None:
+        """Both hosts gain by it, but not this way round: it is withdrawn."""
+        self.assertRaises(Withdraw, self.agree, "copy", "copy")
+
+    def test_senseless(self) -> None:
+        """What no daemon would say ends the migration."""
+        for proposal in ({}, {"send": 1}):
+            self.assertRaises(ValueError, self.one.answer, guest(), Host(1), proposal)
+        for agreement in ({}, {"send": "splice"}, {"send": "copy", "receive": "splice"}):
+            self.assertRaises(ValueError, self.one.accept, {"send": "splice"}, agreement)
 
 
 class RegistryTests(SynchronousTestCase):

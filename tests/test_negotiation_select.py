@@ -17,7 +17,7 @@ from qmigd.negotiation.policy import Policy
 from qmigd.negotiation.select import Choice, choose
 from qmigd.negotiation.terms import Conflict, Terms, Traits
 
-SECURITY, CERTAINTY, SPEED = 3, 2, 1
+SECURITY, CERTAINTY, SPEED, THRIFT = 4, 3, 2, 1
 MANY = frozenset({DIRECT, RELAY})
 
 TRAITS = {
@@ -27,6 +27,7 @@ TRAITS = {
     "secret": Traits(SECURITY, excludes=frozenset({"wild"}), paths=frozenset({HANDOVER, RELAY})),
     "wild": Traits(SPEED, paths=frozenset({DIRECT})),
     "packed": Traits(SPEED, paths=frozenset({RELAY})),
+    "thrifty": Traits(THRIFT, paths=frozenset({RELAY})),
     "asked": Traits(0, excludes=frozenset({"many"})),
     "sealed": Traits(
         SECURITY,
@@ -199,6 +200,26 @@ class PathChoiceTests(SynchronousTestCase):
     def test_features_decide_the_path(self) -> None:
         """A feature that only a relay can carry brings one about."""
         self.assertEqual(choose(["many", "packed"], terms(), terms()).path, RELAY)
+
+    def test_thrift_decides_no_path(self) -> None:
+        """What only saves CPU time comes along on its path, and is no reason to take it."""
+        choice = choose(["many", "thrifty"], terms(), terms())
+        self.assertEqual((choice.features, choice.path), (("many",), DIRECT))
+        self.assertEqual(
+            said(choice),
+            {"thrifty": "path: it gains on the path relay only, and direct is better than that"},
+        )
+        for wish in ({"require": (RELAY,)}, {"prefer": (RELAY,)}, {"closed": {DIRECT: "no"}}):
+            choice = choose(["many", "thrifty"], terms(**wish), terms())
+            self.assertEqual((choice.features, choice.path), (("many", "thrifty"), RELAY))
+        choice = choose(["many", "packed", "thrifty"], terms(), terms())
+        self.assertEqual(choice.features, ("many", "packed", "thrifty"))
+
+    def test_thrift_that_is_wanted(self) -> None:
+        """Whoever prefers or requires it takes its path as well."""
+        for wish in ({"prefer": ("thrifty",)}, {"require": ("thrifty",)}):
+            choice = choose(["many", "thrifty"], terms(), terms(**wish))
+            self.assertEqual((choice.features, choice.path), (("many", "thrifty"), RELAY))
 
     def test_no_common_path(self) -> None:
         """Two features without a common path: the lower one is left out and says so."""

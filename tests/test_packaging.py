@@ -144,7 +144,7 @@ class InstallTests(SynchronousTestCase):
         )
         self.assertEqual(
             here.run(here.python, "-c", features).split(),
-            ["ktls", "multifd", "postcopy-preempt", "postcopy-ram", "tls"],
+            ["ktls", "multifd", "postcopy-preempt", "postcopy-ram", "tls", "zero-copy-receive"],
         )
 
         here.pip("uninstall", "--yes", "qmigd")

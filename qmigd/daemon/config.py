@@ -50,6 +50,7 @@ class DaemonConfig:
         the sockets between itself and QEMU.
     :ivar direct_ports: ports that the QEMUs of destinations may listen on; empty
         where none are offered.
+    :ivar zero_copy: what moves bytes in a relay: ``measure``, ``off``, or a mover's name.
     :ivar insecure: peers without TLS are served beyond loopback as well.
     :ivar handshake_deadline: seconds that a peer has for the handshake.
     :ivar peer_deadline: seconds without a sign of life after which a peer is lost.
@@ -60,6 +61,7 @@ class DaemonConfig:
     monitor: str
     state_dir: Path
     direct_ports: range
+    zero_copy: str
     insecure: bool
     handshake_deadline: float
     peer_deadline: float
@@ -203,6 +205,7 @@ _DAEMON: Mapping[str, _Read] = {
     "monitor": values.unix_path,
     "state-dir": values.path,
     "direct-ports": values.ports,
+    "zero-copy": values.zero_copy,
     "insecure": values.flag,
     "handshake-deadline": values.seconds,
     "peer-deadline": values.seconds,
@@ -315,6 +318,7 @@ class _Reader:
             monitor=found.get("monitor", default_socket(self._environ, self._uid)[len("unix:") :]),
             state_dir=found.get("state-dir", default_state_dir(self._environ, self._uid)),
             direct_ports=found.get("direct-ports", values.ports(values.PORTS)),
+            zero_copy=found.get("zero-copy", values.MEASURE),
             insecure=found.get("insecure", False),
             handshake_deadline=found.get("handshake-deadline", 10.0),
             peer_deadline=found.get("peer-deadline", 10.0),

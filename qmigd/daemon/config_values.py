@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArgumentError
+from ..interfaces import COPY, MOVERS
 from ..negotiation.allow import Allow
 from ..transports.uri import DEFAULT_PORT, Address, UnixAddress, parse_uri
 
 __all__ = [
     "LISTEN",
+    "MEASURE",
+    "OFF",
     "PORTS",
     "TLS_POLICIES",
     "BadValue",
@@ -36,6 +39,7 @@ __all__ = [
     "texts",
     "tls_policy",
     "unix_path",
+    "zero_copy",
 ]
 
 #: Bytes in a guest's name: what a file name may have.
@@ -52,6 +56,12 @@ TLS_POLICIES: tuple[TlsPolicy, ...] = ("off", "prefer", "require")
 PORTS = "49152-49215"
 #: Where a daemon listens where nothing was said.
 LISTEN = f"tcp:127.0.0.1:{DEFAULT_PORT}"
+
+
+#: What ``zero-copy`` can be: the default, another one, and the names of movers.
+MEASURE = "measure"
+OFF = "off"
+_ZERO_COPY = (MEASURE, OFF, *(mover for mover in MOVERS if mover != COPY))
 
 
 class BadValue(Exception):
@@ -206,6 +216,14 @@ def allow(value: Any) -> Allow:
         return Allow.of(peers)
     except ValueError as error:
         raise BadValue(f"cannot be used: {error}") from None
+
+
+def zero_copy(value: Any) -> str:
+    """How a relay moves bytes."""
+    if not isinstance(value, str) or value not in _ZERO_COPY:
+        words = ", ".join(f'"{word}"' for word in _ZERO_COPY)
+        raise BadValue(f"must be one of {words}")
+    return value
 
 
 def guest_name(name: Any) -> str:

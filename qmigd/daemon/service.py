@@ -33,7 +33,7 @@ from ..interfaces import KERNEL, POLICY, GuestFacts, Host, IFeature, No, Yes
 from ..migration.listening import IncomingFactory
 from ..migration.recovery import recover
 from ..migration.security import Security
-from ..migration.services import Deadlines, Services
+from ..migration.services import Deadlines, HostFacts, Services
 from ..migration.status import Records
 from ..migration.verdicts import Verdicts
 from ..negotiation.policy import Policy
@@ -47,6 +47,7 @@ from .host import gather
 from .journal import FileJournal
 from .monitor import Monitor
 from .registry import GuestRegistry
+from .zero_copy import Movers
 
 __all__ = ["Options", "QmigdService", "makeService"]
 
@@ -131,7 +132,7 @@ class QmigdService(Service):
         self._records = Records(self._event)
         self._services = Services(
             reactor=reactor,
-            host=host,
+            facts=HostFacts(host),
             features=features,
             policy=_policy(config),
             guests=self._guests,
@@ -149,6 +150,12 @@ class QmigdService(Service):
             security=_security(config, credentials),
         )
         self._monitor = Monitor(reactor, daemon.monitor, Commands(self._services, self._guests))
+        self._movers = Movers(
+            reactor,
+            state,
+            daemon.zero_copy,
+            lambda zero_copy: self._services.facts.learn(zero_copy=zero_copy),
+        )
         self._ports: list[IListeningPort] = []
 
     def startService(self) -> None:
@@ -167,6 +174,7 @@ class QmigdService(Service):
             for migration, role, entry in list(self._journal.entries()):
                 # The guests are reserved at once; QEMU may still take its time.
                 Deferred.fromCoroutine(recover(self._services, migration, role, entry))
+            self._movers.start()
             for uri in self._config.daemon.listen:
                 factory = IncomingFactory(self._services, tls_required=self._tls_required(uri))
                 port = await uri.server(self._reactor).listen(factory)
@@ -223,7 +231,7 @@ class QmigdService(Service):
     def stopService(self) -> Deferred[Any]:
         """Close the doors.  QEMUs go on; relays end with this process."""
         super().stopService()
-        closing = [Deferred.fromCoroutine(self._monitor.stop())]
+        closing = [Deferred.fromCoroutine(self._monitor.stop()), self._movers.stop()]
         closing += [_deferred(port.stopListening()) for port in self._ports]
         return DeferredList(closing)
 

@@ -34,13 +34,13 @@ class IncomingFactory(Factory):
     def __init__(self, services: Services, *, tls_required: bool = False) -> None:
         """:param tls_required: who comes in here has to go over to TLS."""
         self._services = services
-        self._offer = offered(services)
         self._tls_required = tls_required
         self._keep_keys = kernel_does_tls(services.features, services.host, services.policy)
 
     def buildProtocol(self, addr: IAddress | None) -> IncomingConnection:
         tls = self._services.security.called(keep_keys=self._keep_keys)
-        connection = IncomingConnection(self._services, self._offer, tls)
+        # Anew each time: what is known of this host may have become more.
+        connection = IncomingConnection(self._services, offered(self._services), tls)
         connection.tls_required = self._tls_required
         return connection
 

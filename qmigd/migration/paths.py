@@ -50,7 +50,7 @@ from ..errors import (
     QmigdError,
 )
 from ..handshake.channel import ChannelHandshake
-from ..interfaces import DIRECT, HANDOVER, RELAY, Guest, ICodec
+from ..interfaces import COPY, DIRECT, HANDOVER, MOVERS, RELAY, Guest, ICodec, Role
 from ..negotiation.allow import PeerNames
 from ..negotiation.plan import MAIN, Plan
 from ..transports.uri import Address, TcpAddress
@@ -111,6 +111,17 @@ class _Path:
             for name in self._plan.features
         ]
         return chain([maker for maker in makers if maker is not None])
+
+    def _mover(self, role: Role) -> str:
+        for name in self._plan.features:
+            mover = self._services.features[name].mover(self._plan.agreements[name], role)
+            if mover is not None:
+                if mover not in MOVERS:
+                    raise MigrationError(
+                        f"{name} wants bytes moved by '{mover}', but there are {', '.join(MOVERS)}"
+                    )
+                return mover
+        return COPY
 
     def _heard(self, event: RelayEvent) -> None:
         name = "a channel" if event.channel is None else f"channel {event.channel[0]}"
@@ -173,6 +184,7 @@ class SourcePath(_Path):
             self._channel,
             self._heard,
             self._codec(),
+            self._mover("source"),
         )
         self._relay = relay
         return str(relay.listen())
@@ -220,7 +232,11 @@ class DestinationPath(_Path):
             return {"port": await self._listen(host)}
         if self._plan.path == RELAY:
             relay = DestinationRelay(
-                self._services.reactor, self._services.run_dir, self._heard, self._codec()
+                self._services.reactor,
+                self._services.run_dir,
+                self._heard,
+                self._codec(),
+                self._mover("destination"),
             )
             self._relay = relay
             await self._guest.incoming(str(relay.address))

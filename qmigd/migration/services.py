@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from .security import Security
 from .status import Records
 from .verdicts import Verdicts
 
-__all__ = ["Deadlines", "Guests", "Journal", "Services"]
+__all__ = ["Deadlines", "Guests", "HostFacts", "Journal", "Services"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,20 @@ class Journal(Protocol):
     def forget(self, migration: str, role: str) -> None: ...
 
 
+class HostFacts:
+    """What is known of this host, which may become more while the daemon runs.
+
+    :ivar host: as of now; whoever decides something by it, decides by what it was then.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def learn(self, **facts: Any) -> None:
+        """Take in facts, by the names of :class:`~qmigd.interfaces.Host`'s fields."""
+        self.host = replace(self.host, **facts)
+
+
 @dataclass(frozen=True)
 class Services:
     """Everything around one migration that is not the migration itself.
@@ -99,7 +113,7 @@ class Services:
     """
 
     reactor: Any
-    host: Host
+    facts: HostFacts
     features: Mapping[str, IFeature]
     policy: Policy
     guests: Guests
@@ -113,3 +127,8 @@ class Services:
     deadlines: Deadlines
     source_after: str = "keep"
     security: Security = field(default_factory=Security)
+
+    @property
+    def host(self) -> Host:
+        """What is known of this host at present."""
+        return self.facts.host

@@ -2,11 +2,12 @@
 
 Features are tried one after another: first those that somebody requires, then
 those that somebody prefers (the source's wishes before the destination's), then
-by rank, security before certainty before speed, and by name where even that is
-equal.  A feature is taken together with those that it requires, if none of them
+by rank, security before certainty before speed before thrift, and by name where even
+that is equal.  A feature is taken together with those that it requires, if none of them
 excludes or contradicts what has been taken before, and if a path remains that
-carries all of them.  One of the lowest rank is left out unless somebody names it.
-Whatever is not taken gets a reason.
+carries all of them; one that gains but thrift, only if the path that is taken without
+it carries it.  One of the lowest rank is left out unless somebody names it.  Whatever is
+not taken gets a reason.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def choose(
     require = dict.fromkeys((*source.require, *destination.require))
     prefer = dict.fromkeys((*source.prefer, *destination.prefer))
     paths = _open_paths(source, destination, require)
+    wishes = (*require, *prefer)
     order = _ordered(traits, require, prefer)
     conflicts = (*source.conflicts, *destination.conflicts)
 
@@ -71,7 +73,7 @@ def choose(
     for name in order:
         if name in taken:
             continue
-        if traits[name].rank <= Rank.ON_REQUEST and name not in (*require, *prefer):
+        if traits[name].rank <= Rank.ON_REQUEST and name not in wishes:
             left_out[name] = Obstacle(
                 f"it is offered, and taken only with '--prefer {name}' or if [policy] says so",
                 POLICY,
@@ -79,6 +81,13 @@ def choose(
             continue
         group = _with_required(name, traits)
         obstacle = _obstacle(name, group, traits, taken, conflicts, paths)
+        if obstacle is None and traits[name].rank <= Rank.THRIFT and name not in wishes:
+            without, _ = _best_path(paths, taken, prefer, require, source, destination)
+            if not traits[name].carried_by(without, taken):
+                able = " or ".join(sorted(traits[name].paths))
+                obstacle = Obstacle(
+                    f"it gains on the path {able} only, and {without} is better than that", PATH
+                )
         if obstacle is None:
             taken.update((member, traits[member]) for member in group)
             left_out = {key: one for key, one in left_out.items() if key not in taken}

@@ -76,7 +76,7 @@ class Daemon:
 
     What the configuration leaves out of ``[daemon]`` is filled in: ``listen`` and
     ``direct-ports`` with free ports, ``monitor`` and ``state-dir`` in a directory of
-    its own.
+    its own, ``zero-copy`` switched off.
 
     :ivar config: the whole configuration; a change holds from the next start on.
     :ivar uri: what it listens on, for a peer.
@@ -117,6 +117,8 @@ class Daemon:
             table.setdefault("direct-ports", f"{ports[1]}-{ports[-1]}")
         table.setdefault("monitor", f"unix:{self.monitor_path}")
         table.setdefault("state-dir", os.path.join(self.directory, "state"))
+        # What a measurement comes to is another thing on each host.
+        table.setdefault("zero-copy", "off")
         self.config: dict[str, Any] = {"daemon": table}
         if tls:
             self.config["tls"] = dict(tls)

@@ -111,6 +111,14 @@ class Sending:
         while not self.ring.free:
             self.wait()
 
+    def send_when_free(self, data: memoryview) -> None:
+        """Send bytes that never change, no more of them at a time than a ring has buffers.
+
+        :raises OSError: the connection is lost.
+        """
+        self.wait_for_buffer()
+        self.send(data)
+
     def send(self, data: memoryview) -> None:
         """Send the current buffer's bytes, and turn to the next one.
 
