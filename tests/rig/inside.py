@@ -23,7 +23,7 @@ __all__ = ["DEADLINE"]
 
 #: Seconds after which a test is taken for hung: what every thread of it is doing is
 #: printed on the guest's console, and the guest ends.
-DEADLINE = 120.0
+DEADLINE = 600.0
 
 
 def _run(name: str) -> dict[str, Any]:
