@@ -215,7 +215,6 @@ def probe() -> KernelTls:
         try:
             _try(cipher)
         except OSError as error:
-            # Without ENOENT of the first step it may be this cipher only.
             reason = reason or _why(error, name)
         else:
             works.append(name)
