@@ -29,7 +29,7 @@ from ..channels.credentials import Credentials, CredentialStore
 from ..errors import ConfigError, QmigdError
 from ..features.registry import load_features
 from ..guests import quirks
-from ..interfaces import KERNEL, POLICY, GuestFacts, Host, IFeature, No, Yes
+from ..interfaces import KERNEL, POLICY, Answer, GuestFacts, Host, IFeature, No, Yes
 from ..migration.listening import IncomingFactory
 from ..migration.recovery import recover
 from ..migration.security import Security
@@ -248,13 +248,22 @@ def _host(config: Config, run_dir: Path) -> Host:
         return facts
     if config.tls is None:
         return facts
-    kernel = kernel_tls.probe()
     return replace(
         facts,
         tls=Yes(),
-        kernel_tls=Yes() if kernel else No(kernel.reason, KERNEL),
+        kernel_tls=_kernel_tls(),
         tls_directory=str(_for_qemu(config.tls, run_dir / "tls")),
     )
+
+
+def _kernel_tls() -> Answer:
+    found = kernel_tls.probe()
+    if not found:
+        return No(found.reason, KERNEL)
+    # Any of them may come out of a handshake, and it shows only then.
+    if missing := [name for name in kernel_tls.CIPHERS if name not in found.ciphers]:
+        return No(f"its kernel TLS lacks {', '.join(missing)}", KERNEL)
+    return Yes()
 
 
 def _for_qemu(tls: TlsConfig, directory: Path) -> Path:
