@@ -72,6 +72,7 @@ setup(
             "postcopy-preempt = qmigd.features.preempt:feature",
             "tls = qmigd.features.tls:feature",
             "zero-copy-receive = qmigd.features.zero_copy_receive:feature",
+            "zero-copy-send = qmigd.features.zero_copy_send:feature",
         ],
     },
 )

@@ -341,7 +341,7 @@ class QueryTests(PairCase):
         pair.begin("direct", "postcopy")
         self.assertIn("multifd", pair.failed(pair.here))
         pair.begin("", require=[], exclude=[])
-        self.assertEqual(pair.completed()["plan"]["features"], ["multifd"])
+        self.assertIn("multifd", pair.completed()["plan"]["features"])
         pair.prove_moved()
 
     def test_tunables(self) -> None:

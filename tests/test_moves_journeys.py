@@ -82,6 +82,8 @@ class JourneyCase(PairCase):
             self.assertNotIn(left_out, plan["features"])
         told = {entry["name"]: entry["reason"] for entry in plan["left-out"]}
         self.assertEqual({*told, *plan["features"]}, KNOWN)
+        if path == "direct" and "multifd" in plan["features"] and "tls" not in plan["features"]:
+            self.assertIn("zero-copy-send", plan["features"])
         self.assertTrue(all(told.values()), told)
         switched = way in ("postcopy", "preempt", "multifd-postcopy")
         self.assertEqual(entry["ram"]["postcopy-bytes"] > 0, switched, entry["ram"])

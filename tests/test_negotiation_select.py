@@ -234,6 +234,17 @@ class PathChoiceTests(SynchronousTestCase):
         self.assertEqual((choice.path, choice.features), (HANDOVER, ("sure",)))
         self.assertIn("many", choice.left_out)
 
+    def test_preferred_path_comes_before_what_nobody_asked_for(self) -> None:
+        """A feature that the preferred path cannot carry is taken only if it is named."""
+        choice = choose(["wild", "sure"], terms(prefer=(RELAY,)), terms())
+        self.assertEqual((choice.path, choice.features), (RELAY, ("sure",)))
+        self.assertEqual(
+            said(choice),
+            {"wild": "path: it needs another path (direct) than is open or preferred (relay)"},
+        )
+        choice = choose(["wild", "sure"], terms(prefer=(RELAY,)), terms(prefer=("wild",)))
+        self.assertEqual((choice.path, choice.features), (DIRECT, ("sure", "wild")))
+
     def test_preferred_path(self) -> None:
         choice = choose(["sure"], terms(prefer=(RELAY,)), terms())
         self.assertEqual(choice.path, RELAY)

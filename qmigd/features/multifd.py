@@ -20,7 +20,7 @@ from ..interfaces import (
     Yes,
 )
 
-__all__ = ["MOST", "Multifd", "feature"]
+__all__ = ["COMPRESSION", "COUNT", "MOST", "Multifd", "feature", "most_channels"]
 
 #: More channels than this have not been seen to gain anything.
 MOST = 8
@@ -31,6 +31,11 @@ QEMU_MOST = 255
 
 COUNT = "multifd-channels"
 COMPRESSION = "multifd-compression"
+
+
+def most_channels(*cpus: int) -> int:
+    """Return how many channels hosts with so many CPUs have, each at the most, without a wish."""
+    return max(LEAST, min(MOST, *cpus))
 
 
 class Multifd(Feature):
@@ -68,7 +73,7 @@ class Multifd(Feature):
             cpus = proposal.get("cpus")
             if not isinstance(cpus, int) or cpus < 1:
                 raise ValueError("its 'cpus' is not a number of CPUs")
-            channels = max(LEAST, min(MOST, cpus, host.cpus))
+            channels = most_channels(cpus, host.cpus)
         elif not isinstance(channels, int) or not 1 <= channels <= QEMU_MOST:
             raise ValueError(f"its 'channels' is not a number from 1 to {QEMU_MOST}")
         agreement: dict[str, Any] = {"channels": channels}

@@ -6,8 +6,10 @@ by rank, security before certainty before speed before thrift, and by name where
 that is equal.  A feature is taken together with those that it requires, if none of them
 excludes or contradicts what has been taken before, and if a path remains that
 carries all of them; one that gains but thrift, only if the path that is taken without
-it carries it.  One of the lowest rank is left out unless somebody names it.  Whatever is
-not taken gets a reason.
+it carries it.  A path that somebody prefers is settled on once all features that somebody
+names, and those of security, have been tried: the others are taken if it carries them.
+One of the lowest rank is left out unless somebody names it.  Whatever is not taken gets a
+reason.
 """
 
 from __future__ import annotations
@@ -70,9 +72,14 @@ def choose(
 
     taken: dict[str, Traits] = {}
     left_out: dict[str, Obstacle] = {}
+    settled = False
     for name in order:
         if name in taken:
             continue
+        if not settled and name not in wishes and traits[name].rank < Rank.SECURITY:
+            settled = True
+            preferred = [path for path in prefer if path in _carriers(paths, taken)]
+            paths = tuple(preferred[:1]) or paths
         if traits[name].rank <= Rank.ON_REQUEST and name not in wishes:
             left_out[name] = Obstacle(
                 f"it is offered, and taken only with '--prefer {name}' or if [policy] says so",
@@ -169,7 +176,8 @@ def _obstacle(
         if not carried:
             able = ", ".join(sorted(traits[name].paths)) or "none"
             return Obstacle(
-                f"it needs another path ({able}) than the open ones ({', '.join(paths)})", PATH
+                f"it needs another path ({able}) than is open or preferred ({', '.join(paths)})",
+                PATH,
             )
         return Obstacle(
             f"no open path carries it together with {' and '.join(sorted(taken))}", PATH

@@ -34,7 +34,10 @@ from tests.rig.qemus import Qemu
 __all__ = ["FEATURES", "Chain", "Moved", "Way", "system_qemu"]
 
 #: The features that a way can ask for or do without.
-FEATURES = ("multifd", "postcopy-ram", "postcopy-preempt")
+FEATURES = ("multifd", "postcopy-ram", "postcopy-preempt", "zero-copy-send")
+
+#: Those that only the source's QEMU is told of.
+_AT_SOURCE = ("zero-copy-send",)
 
 #: ``max-bandwidth`` that is no limit, in bytes a second.
 _UNLIMITED = 100 << 30
@@ -248,7 +251,8 @@ class Chain:
             address = f"tcp:127.0.0.1:{free_ports()[0]}"
             clocks = _Clocks(source, destination)
             begun = time.time()
-            destination.set(capabilities, parameters)
+            there = {name: on for name, on in capabilities.items() if name not in _AT_SOURCE}
+            destination.set(there, parameters)
             source.set(capabilities, {"max-bandwidth": _UNLIMITED, **parameters})
             if plan["path"] == "handover":
                 address = "fd:stream"

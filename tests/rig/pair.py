@@ -42,7 +42,7 @@ __all__ = [
 NAME = "vm"
 
 #: What two daemons without certificates can have between any two QEMUs.
-FEATURES = ("multifd", "postcopy-ram", "postcopy-preempt")
+FEATURES = ("multifd", "postcopy-ram", "postcopy-preempt", "zero-copy-send")
 
 #: Every feature that there is: each is used, or there is a reason why not.
 KNOWN = frozenset(entry_points(group="qmigd.features").names)
