@@ -70,6 +70,8 @@ setup(
             "multifd = qmigd.features.multifd:feature",
             "postcopy-ram = qmigd.features.postcopy:feature",
             "postcopy-preempt = qmigd.features.preempt:feature",
+            "rdma = qmigd.features.rdma:feature",
+            "rdma-pin-all = qmigd.features.rdma:pin_all",
             "tls = qmigd.features.tls:feature",
             "zero-copy-receive = qmigd.features.zero_copy_receive:feature",
             "zero-copy-send = qmigd.features.zero_copy_send:feature",

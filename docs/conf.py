@@ -56,7 +56,8 @@ def features() -> str:
         feature = entry.load()
         needs = ", ".join(f"`{name}`" for name in sorted(feature.requires)) or "-"
         paths = ", ".join(sorted(feature.paths))
-        rows.append((f"`{feature.name}`", feature.summary, feature.rank.name.lower(), needs, paths))
+        gain = feature.rank.name.lower().replace("_", " ")
+        rows.append((f"`{feature.name}`", feature.summary, gain, needs, paths))
     return _table(("feature", "what it does", "what it gains", "needs", "paths"), sorted(rows))
 
 

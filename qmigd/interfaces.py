@@ -14,11 +14,12 @@ entry-point group ``qmigd.features`` or by a drop-in module in
     propose()     ---- FEATURE message ---->   probe_guest()
                                                answer()
     accept()      <--- FEATURE message -----
-    settings(), channels(), codec(), mover()   settings(), channels(), codec(), mover()
+    settings(), channels(),                    settings(), channels(),
+    uri(), codec(), mover()                    uri(), codec(), mover()
 
 What :meth:`IFeature.answer` returns is the *agreement*: after
 :meth:`IFeature.accept` has seen it, both sides hand the same mapping to
-``settings``, ``channels``, ``codec`` and ``mover``.  Whoever has to give the feature up in
+``settings``, ``channels``, ``uri``, ``codec`` and ``mover``.  Whoever has to give the feature up in
 between raises :class:`Withdraw` with the reason; the migration goes on without.
 
 A feature does no I/O of its own, keeps no state between migrations, and never
@@ -179,7 +180,8 @@ class ZeroCopy:
 class Host:
     """What a feature may know of the host that its daemon runs on.
 
-    It is gathered once, when the daemon starts, but for what takes time to find out.
+    All but ``address`` is gathered once, when the daemon starts, and what takes time to find
+    out some time after that.
     """
 
     #: CPUs that this process may use.
@@ -202,6 +204,9 @@ class Host:
     tcp_send_buffer: int | None = None
     #: What moves bytes at the least cost in a relay; found out some time after the start.
     zero_copy: ZeroCopy = field(default_factory=ZeroCopy)
+    #: The address of this host at which the source has reached it; only in ``answer``, and
+    #: empty over a unix socket.
+    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -436,6 +441,15 @@ class IFeature(Interface):
     def channels(agreement: Mapping[str, Any]) -> Sequence[Channels]:
         """Return the payload channels that it adds, in the order QEMU connects them."""
 
+    def uri(agreement: Mapping[str, Any], host: str, port: int) -> str | None:
+        """Return where QEMU is to listen, and to connect to, on the path ``DIRECT``.
+
+        ``None`` stands for ``tcp:HOST:PORT``.  Only one feature in a plan can have a say.
+
+        :param host: the destination's address, as the source has reached it.
+        :param port: one of the destination's ``direct-ports``.
+        """
+
     def codec(agreement: Mapping[str, Any]) -> Callable[[], ICodec] | None:
         """Return what makes an :class:`ICodec` for a direction of a channel, or ``None``.
 
@@ -492,6 +506,9 @@ class Feature:
 
     def channels(self, agreement: Mapping[str, Any]) -> Sequence[Channels]:
         return ()
+
+    def uri(self, agreement: Mapping[str, Any], host: str, port: int) -> str | None:
+        return None
 
     def codec(self, agreement: Mapping[str, Any]) -> Callable[[], ICodec] | None:
         return None

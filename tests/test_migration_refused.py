@@ -68,7 +68,7 @@ class RefusedTests(RigCase):
         source.execute("migrate", guest="vm", uri=destination.uri)
         entry = self.end(source)
         self.assertEqual("completed", entry["status"], entry)
-        self.assertEqual(["multifd"], entry["plan"]["features"])
+        self.assertEqual(["multifd", "zero-copy-send"], entry["plan"]["features"])
         reasons = {one["name"]: one["reason"] for one in entry["plan"]["left-out"]}
         self.assertEqual(
             "destination QEMU: QEMU refused migrate-set-capabilities: Postcopy is not supported",

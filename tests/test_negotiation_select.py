@@ -29,6 +29,7 @@ TRAITS = {
     "packed": Traits(SPEED, paths=frozenset({RELAY})),
     "thrifty": Traits(THRIFT, paths=frozenset({RELAY})),
     "asked": Traits(0, excludes=frozenset({"many"})),
+    "more": Traits(SPEED, requires=frozenset({"asked"})),
     "sealed": Traits(
         SECURITY,
         paths=frozenset({DIRECT, RELAY}),
@@ -166,6 +167,13 @@ class FeatureChoiceTests(SynchronousTestCase):
             choice = choose(["asked", "many"], source, destination)
             self.assertEqual(choice.features, ("asked",))
             self.assertEqual(said(choice), {"many": "conflict: it cannot be combined with asked"})
+        choice = choose(["asked", "more"], terms(prefer=("asked",)), terms())
+        self.assertEqual(choice.features, ("asked", "more"))
+        choice = choose(["asked", "more"], terms(), terms())
+        self.assertEqual(choice.features, ())
+        self.assertIn(
+            "policy: it needs asked, which is offered, and taken only", said(choice)["more"]
+        )
         choice = choose(["asked", "many"], terms(), terms(prefer=("sure",)))
         self.assertEqual(choice.features, ("many",))
         self.assertIn(

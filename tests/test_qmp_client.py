@@ -138,6 +138,16 @@ class ClientTests(SynchronousTestCase):
         self.say({"return": {"late": 1}, "id": late["id"]}, {"return": {}, "id": next_["id"]})
         self.assertEqual(self.successResultOf(again), {})
 
+    def test_own_deadline(self) -> None:
+        """A command can have more time than the others."""
+        self.settle()
+        done = self.client.execute_within(COMMAND_DEADLINE + 5, "migrate", uri="x")
+        self.assertEqual(self.heard()[0]["arguments"], {"uri": "x"})
+        self.clock.advance(COMMAND_DEADLINE + 4.9)
+        self.assertNoResult(done)
+        self.clock.advance(0.1)
+        self.failureResultOf(done, DeadlineError)
+
     def test_cancelled(self) -> None:
         """Nobody waits any more, and the connection goes on."""
         self.settle()

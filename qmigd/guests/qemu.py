@@ -20,7 +20,7 @@ from twisted.logger import Logger
 
 from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.guests import builds, describe, process, schema
-from qmigd.guests.quirks import SEVERAL_CHANNELS
+from qmigd.guests.quirks import CONNECTED_FIRST, SEVERAL_CHANNELS
 from qmigd.interfaces import Examined, GuestFacts, Settings, Tunable
 from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal, connect
 from qmigd.waiting import together
@@ -355,7 +355,8 @@ class QemuGuest:
         build = str(self.client.greeting["version"])
         known = {name: wish for name, wish in wishes.items() if (build, name) not in _UNKNOWN}
         try:
-            await self.client.execute(command, uri=uri, **known)
+            seconds = max(self._deadline, CONNECTED_FIRST.get(uri.partition(":")[0], 0))
+            await self.client.execute_within(seconds, command, uri=uri, **known)
         except QMPRefusal as refusal:
             refused = {(build, name) for name in known if name in refusal.desc}
             if not refused:

@@ -17,7 +17,13 @@ from dataclasses import dataclass
 
 from qmigd.interfaces import GuestFacts
 
-__all__ = ["ANY", "QUIRKS", "SEVERAL_CHANNELS", "Quirk", "Versions", "conflicts"]
+__all__ = ["ANY", "CONNECTED_FIRST", "QUIRKS", "SEVERAL_CHANNELS", "Quirk", "Versions", "conflicts"]
+
+#: URI schemes with which QEMU answers ``migrate`` only once it is connected, and the seconds
+#: that this may take, while it does nothing else.  For RDMA the kernel looks for the address
+#: and the route for 10 s each (RDMA_RESOLVE_TIMEOUT_MS in migration/rdma.c), and then tries 16
+#: times to connect, 4.3 s each (CMA_MAX_CM_RETRIES, CMA_CM_RESPONSE_TIMEOUT in its cma.c).
+CONNECTED_FIRST = {"rdma": 90.0}
 
 #: Capabilities with which QEMU opens more channels than ``main``.
 SEVERAL_CHANNELS = ("multifd", "postcopy-preempt")

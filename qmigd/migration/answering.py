@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -216,13 +217,14 @@ class Answering(Move):
     def _answer(self, facts: GuestFacts) -> dict[str, dict[str, Any]]:
         """Each feature's agreement; what cannot be had goes to ``left_out``."""
         agreements: dict[str, dict[str, Any]] = {}
+        host = replace(self.services.host, address=self.host)
         for name, proposal in self._proposals.items():
             feature = self.services.features[name]
             answer = feature.probe_guest(facts, "destination")
             try:
                 if isinstance(answer, No):
                     raise Withdraw(answer.reason, answer.where)
-                agreements[name] = feature.answer(facts, self.services.host, proposal)
+                agreements[name] = feature.answer(facts, host, proposal)
             except Withdraw as withdrawal:
                 self.left_out[name] = Obstacle.of(withdrawal, QEMU, "destination")
             except ValueError as error:

@@ -67,12 +67,14 @@ class _Path:
     """What both sides have in common.
 
     :ivar failure: why the stream cannot go on, or ``None``.
+    :ivar by: the feature that says what QEMU listens on and connects to, or ``None``.
     """
 
     def __init__(
         self, services: Services, plan: Plan, migration: str, secret: bytes, wake: Callable[[], Any]
     ) -> None:
         self.failure: QmigdError | None = None
+        self.by: str | None = None
         self._services = services
         self._plan = plan
         self._migration = uuid.UUID(migration)
@@ -104,6 +106,16 @@ class _Path:
         if self.failure is None:
             self.failure = error
             self._wake()
+
+    def _uri(self, host: str, port: int) -> str:
+        """What QEMU listens on and connects to on the path ``direct``."""
+        for name in self._plan.features:
+            agreement = self._plan.agreements[name]
+            uri = self._services.features[name].uri(agreement, host, port)
+            if uri is not None:
+                self.by = name
+                return uri
+        return str(TcpAddress(host, port))
 
     def _codec(self) -> Callable[[], ICodec] | None:
         makers = [
@@ -174,7 +186,7 @@ class SourcePath(_Path):
             port = ready.get("port")
             if not isinstance(port, int) or not 0 < port <= 0xFFFF:
                 raise ProtocolError("the destination names no port for 'direct'", code="bad-json")
-            return str(TcpAddress(host, port))
+            return self._uri(host, port)
         if self._plan.path == HANDOVER:
             return _socket(await self._channel(*MAIN))
         relay = SourceRelay(
@@ -248,20 +260,21 @@ class DestinationPath(_Path):
     async def _listen(self, host: str) -> int:
         ports = self._services.ports
         assert ports is not None
-        refusal: GuestError | None = None
+        refusals: list[GuestError] = []
         for port in ports.candidates(host):
             try:
-                await self._guest.incoming(str(TcpAddress(host, port)))
+                await self._guest.incoming(self._uri(host, port))
             except GuestError as error:
-                if refusal is not None and error.text == refusal.text:
-                    raise
+                if refusals and error.text == refusals[-1].text:
+                    break
                 # Somebody may have taken the port in between: try another one.
-                refusal = error
+                refusals.append(error)
                 continue
             ports.take(port)
             self._port = port
             return port
-        raise refusal or GuestError("QEMU could not listen on any of the direct-ports")
+        # The first one has the reason: a QEMU that has failed once may say no more than that.
+        raise (*refusals, GuestError("QEMU could not listen on any of the direct-ports"))[0]
 
     def _expect(
         self, channels: list[tuple[str, int]], take: Callable[[str, int, Line], None]

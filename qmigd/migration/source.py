@@ -13,6 +13,7 @@ Who owns the guest at each moment, and why, is in :mod:`qmigd.migration.ownershi
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from ..errors import (
     DeadlineError,
     FeatureError,
     GuestError,
+    GuestGone,
     MigrationError,
     PeerGone,
     QmigdError,
@@ -209,7 +211,8 @@ class Outgoing(Proposing):
             )
             # Over a unix socket there is none, and the plan does without.
             host = str(getattr(control.transport.getPeer(), "host", ""))
-            await guest.migrate(await self._path.open(host, self._ready or {}))
+            channel = await self._path.open(host, self._ready or {})
+            await self._set_off(channel)
             self.record.under_way()
             self.record.can_postcopy = any(
                 "postcopy" in services.features[name].abilities for name in plan.features
@@ -219,6 +222,20 @@ class Outgoing(Proposing):
             self.record.owner = "destination"
         else:
             await self._hand_over()
+
+    async def _set_off(self, channel: str | socket.socket) -> None:
+        """Tell QEMU to migrate; some transports are connected before it answers."""
+        assert self.guest is not None
+        try:
+            await self.guest.migrate(channel)
+        except (GuestGone, DeadlineError):
+            raise
+        except GuestError as error:
+            if not isinstance(channel, str):
+                raise
+            raise MigrationError(
+                f"QEMU cannot migrate to {channel}: {error.text}{self._hint()}"
+            ) from None
 
     async def _until_ready(self) -> None:
         """Wait until the destination's QEMU waits for the stream."""
@@ -258,12 +275,19 @@ class Outgoing(Proposing):
     async def _why(self) -> str:
         reason = await self.reason()
         moved = self.record.progress.get("ram", {}).get("transferred", 0)
-        if self.plan is not None and self.plan.path == DIRECT and not moved:
-            reason += (
+        return reason if moved else reason + self._hint()
+
+    def _hint(self) -> str:
+        """What to do where the two QEMUs cannot reach each other."""
+        by = self._path.by if self._path is not None else None
+        if by is not None:
+            return f"; with '--exclude {by}' the guest is moved without {by}"
+        if self.plan is not None and self.plan.path == DIRECT:
+            return (
                 "; if the destination's direct-ports cannot be reached from here, "
                 "'--exclude direct' takes another path"
             )
-        return reason
+        return ""
 
     def _raise_if_over(self) -> None:
         """Give up where there is reason to and the guest is still ours."""

@@ -80,15 +80,11 @@ def choose(
             settled = True
             preferred = [path for path in prefer if path in _carriers(paths, taken)]
             paths = tuple(preferred[:1]) or paths
-        if traits[name].rank <= Rank.ON_REQUEST and name not in wishes:
-            left_out[name] = Obstacle(
-                f"it is offered, and taken only with '--prefer {name}' or if [policy] says so",
-                POLICY,
-            )
-            continue
         group = _with_required(name, traits)
-        obstacle = _obstacle(name, group, traits, taken, conflicts, paths)
-        if obstacle is None and traits[name].rank <= Rank.THRIFT and name not in wishes:
+        obstacle = _on_request(name, group, traits, taken, wishes) or _obstacle(
+            name, group, traits, taken, conflicts, paths
+        )
+        if obstacle is None and traits[name].rank == Rank.THRIFT and name not in wishes:
             without, _ = _best_path(paths, taken, prefer, require, source, destination)
             if not traits[name].carried_by(without, taken):
                 able = " or ".join(sorted(traits[name].paths))
@@ -147,6 +143,27 @@ def _with_required(name: str, traits: Mapping[str, Traits]) -> list[str]:
         if member in traits:
             group.extend(sorted(traits[member].requires - set(group)))
     return group
+
+
+def _on_request(
+    name: str,
+    group: Iterable[str],
+    traits: Mapping[str, Traits],
+    taken: Mapping[str, Traits],
+    wishes: Iterable[str],
+) -> Obstacle | None:
+    """What has to be asked for, and was not, is left out with what needs it."""
+    for member in group:
+        if member not in traits or member in taken or member in wishes:
+            continue
+        if traits[member].rank <= Rank.ON_REQUEST:
+            needs = "" if member == name else f"needs {member}, which "
+            return Obstacle(
+                f"it {needs}is offered, and taken only with '--prefer {member}' or if [policy]"
+                " says so",
+                POLICY,
+            )
+    return None
 
 
 def _obstacle(

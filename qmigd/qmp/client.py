@@ -137,6 +137,10 @@ class QMPClient(Protocol):
         """
         return self._send("execute", command, arguments)
 
+    def execute_within(self, seconds: float, command: str, /, **arguments: Any) -> Deferred[Any]:
+        """Like :meth:`execute`, for a command that has a deadline of its own."""
+        return self._send("execute", command, arguments, seconds)
+
     def execute_oob(self, command: str, /, **arguments: Any) -> Deferred[Any]:
         """Like :meth:`execute`, past the queue of commands that QEMU still works on."""
         return self._send("exec-oob", command, arguments)
@@ -221,7 +225,9 @@ class QMPClient(Protocol):
         wanted = [name for name in self.greeting.get("capabilities", []) if name == "oob"]
         await self.execute("qmp_capabilities", **({"enable": wanted} if wanted else {}))
 
-    def _send(self, key: str, command: str, arguments: Mapping[str, Any]) -> Deferred[Any]:
+    def _send(
+        self, key: str, command: str, arguments: Mapping[str, Any], seconds: float | None = None
+    ) -> Deferred[Any]:
         if self._lost is not None:
             return fail(self._lost)
         self._last_id = number = self._last_id + 1
@@ -237,7 +243,7 @@ class QMPClient(Protocol):
             return failure
 
         answer.addErrback(forget)
-        return self._within(self.deadline, answer, command)
+        return self._within(self.deadline if seconds is None else seconds, answer, command)
 
     def _within(
         self, seconds: float, waited: Deferred[Any], command: str = "greeting"

@@ -12,6 +12,7 @@
 ``proofs``       what has to be true of a guest that was moved
 ``daemons``      a qmigd daemon in a process of its own
 ``netns``        two network namespaces and a link that can be cut
+``rdma``         a soft RDMA device, for the lane, and the drivers for it
 ``users``        QEMUs of ordinary users, with limits
 ``case``         the base of the tests that use all this
 ``tls``          a TLS session in user space that can go on in the kernel

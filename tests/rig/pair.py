@@ -69,6 +69,8 @@ _MODES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "postcopy": (("postcopy-ram",), ("multifd", "postcopy-preempt")),
     "preempt": (("postcopy-preempt",), ("multifd",)),
     "multifd-postcopy": (("multifd", "postcopy-ram"), ("postcopy-preempt",)),
+    "rdma": (("rdma",), ("rdma-pin-all",)),
+    "rdma-pin-all": (("rdma", "rdma-pin-all"), ()),
 }
 
 
@@ -76,7 +78,8 @@ def choice(path: str, mode: str = "precopy") -> dict[str, Any]:
     """Return the arguments of ``migrate`` that lead to a path and a way to move.
 
     :param path: one of the three, or ``baseline``: no feature at all.
-    :param mode: ``precopy``, ``multifd``, ``postcopy``, ``preempt``, ``multifd-postcopy``.
+    :param mode: ``precopy``, ``multifd``, ``postcopy``, ``preempt``, ``multifd-postcopy``,
+        ``rdma``, ``rdma-pin-all``.
     """
     if path == "baseline":
         return {"exclude": list(FEATURES)}

@@ -21,7 +21,7 @@ from tests.rig import qemus
 from tests.rig.debian import CACHE, Unavailable, libraries, tree
 from tests.rig.qemus import LABELS, Qemu
 
-__all__ = ["ADDRESS", "DEVICE", "require", "soft_roce"]
+__all__ = ["ADDRESS", "DEVICE", "down", "require", "soft_roce", "up"]
 
 #: The RDMA device's name.
 DEVICE = "rxe0"
@@ -72,6 +72,21 @@ def soft_roce() -> str:
     _run("ip", "link", "set", _NETWORK_DEVICE, "mtu", "4200", "up")
     _run("rdma", "link", "add", DEVICE, "type", "rxe", "netdev", _NETWORK_DEVICE)
     return ADDRESS
+
+
+def down() -> None:
+    """Take the device's network down, as if the cable had been drawn."""
+    _run("ip", "link", "set", _NETWORK_DEVICE, "down")
+
+
+def up() -> None:
+    """Bring it up again; the device is a new one then, of the same name.
+
+    No QEMU must have the old one any more.
+    """
+    _run("ip", "link", "set", _NETWORK_DEVICE, "up")
+    _run("rdma", "link", "delete", DEVICE)
+    _run("rdma", "link", "add", DEVICE, "type", "rxe", "netdev", _NETWORK_DEVICE)
 
 
 def _run(*argv: str) -> None:
