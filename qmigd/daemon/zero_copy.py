@@ -1,8 +1,8 @@
 """What moves a stream's bytes in this host's relays: configured, remembered, or measured.
 
-Measuring takes less than a second of CPU time, once for each kernel and kind of CPU: it is done
-in a thread beside the daemon, nothing waits for it, and until it is done relays copy.
-What was measured stays in ``STATE-DIR/zero-copy.json``; a file that cannot be read, or is
+Measuring takes less than a second of CPU time, once for each kernel and kind of CPU: it is
+done in a thread beside the daemon, nothing waits for it, and until it is done relays
+copy.  What was measured stays in ``STATE-DIR/zero-copy.json``; a file that cannot be read, or is
 about another kernel or CPU, counts for nothing and is replaced.
 """
 
@@ -189,7 +189,7 @@ def read(path: Path) -> Calibration | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         log.warn("{path} cannot be read: measuring anew", path=str(path))
         return None
 
