@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from tests.bench import handshakes, moves, negotiation, relay, streams, tls
+from tests.bench import handshakes, movers, moves, negotiation, relay, streams, tls
 from tests.bench.table import Row, to_json, write
 
 #: What measures a part: it gets the number of rounds, and somebody to tell of each.
@@ -30,6 +30,7 @@ _PARTS: dict[str, tuple[Measure, int]] = {
     negotiation.PART: (negotiation.measure, negotiation.ROUNDS),
     streams.PART: (streams.measure, streams.ROUNDS),
     relay.PART: (relay.measure, relay.ROUNDS),
+    movers.PART: (movers.measure, movers.ROUNDS),
     tls.PART: (tls.measure, tls.ROUNDS),
     handshakes.PART: (handshakes.measure, handshakes.ROUNDS),
 }

@@ -31,10 +31,14 @@ class How:
 
     :ivar path: the plan's.
     :ivar tls: by whom it is encrypted: ``relay``: by the relay's threads; ``kernel``; or not.
+    :ivar sends: the mover of the source's relay.
+    :ivar receives: that of the destination's.
     """
 
     path: Literal["relay", "handover"] = "relay"
     tls: Literal["", "relay", "kernel"] = ""
+    sends: str = "copy"
+    receives: str = "copy"
 
 
 def contestant(name: str, how: How) -> Contestant:
@@ -107,7 +111,8 @@ def _origin(directory: str, count: int, how: How, port: int) -> None:
         _hand_over(run, path, _plan(count), open_it)
         say(path)
     else:
-        say(SourceRelay(run, directory, _plan(count), open_it, _heard).listen().path)
+        relay = SourceRelay(run, directory, _plan(count), open_it, _heard, mover=how.sends)
+        say(relay.listen().path)
     run.run()
 
 
@@ -160,7 +165,7 @@ def _destination(directory: str, count: int, how: How, sink: str) -> None:
             _give(to_sink, end)
 
     else:
-        relay = DestinationRelay(run, directory, _heard)
+        relay = DestinationRelay(run, directory, _heard, mover=how.receives)
         path = relay.address.path
 
         def take(name: str, index: int, line: Line) -> None:
