@@ -41,6 +41,9 @@ WARN_BEFORE = timedelta(days=30)
 #: GiB/s with 128 bits and 11.7 with 256, and ChaCha20 at 4.1 (records of 16 KiB, one core).
 _CIPHERS = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 
+#: SSL_MODE_ENABLE_PARTIAL_WRITE of openssl/ssl.h, which pyOpenSSL sets and does not name.
+_PARTIAL_WRITE = 1
+
 #: Since 24.3 pyOpenSSL takes cryptography's objects, and warns of its own.
 _TAKES_CRYPTOGRAPHY = tuple(map(int, OpenSSL.__version__.split(".")[:2])) >= (24, 3)
 
@@ -140,6 +143,9 @@ class Credentials:
         # Since pyOpenSSL 25.2; before it is OpenSSL's own order, in which AES-256 is first.
         if hasattr(context, "set_tls13_ciphersuites"):
             context.set_tls13_ciphersuites(_CIPHERS)
+        # Since 25.2 as well; before it OpenSSL comes back to Python after each record.
+        if hasattr(context, "clear_mode"):
+            context.clear_mode(_PARTIAL_WRITE)
         # Two tickets are sent all the same, but lead to no session without a cache.
         context.set_options(SSL.OP_NO_TICKET | SSL.OP_CIPHER_SERVER_PREFERENCE)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)

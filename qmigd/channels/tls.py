@@ -38,9 +38,17 @@ _HEADER: Final = 5
 #: Bytes of plain text in a record at the most (RFC 8446, 5.1).
 _PLAIN: Final = 1 << 14
 
-#: Bytes that are encrypted before they are sent, and that are read before they are
-#: decrypted.  By tests/bench/relay.py: fewer wake-ups on either side, and still in the cache.
+#: Bytes that are encrypted before they are sent.  With 128 KiB or less there are more calls,
+#: with more nothing is gained.  This number and the next one come from tests/bench/tls.py.
 _BATCH: Final = 256 << 10
+
+#: Bytes of records that are read before they are decrypted, at the most: as many as a relay
+#: has room for, so that there are few wake-ups on either side of it.
+_READ: Final = 1 << 20
+
+#: Room for the records of a batch: each has a header, and is at most 256 bytes longer than
+#: what is in it (RFC 8446, 5.2).
+_ROOM: Final = _BATCH + (_BATCH // _PLAIN + 1) * (_HEADER + 256)
 
 #: OpenSSL's names of the traffic secrets in its key log, by whether the server sends with it.
 _SECRETS: Final = {b"CLIENT_TRAFFIC_SECRET_0": False, b"SERVER_TRAFFIC_SECRET_0": True}
@@ -143,26 +151,24 @@ class TlsSession:
         self._waiting += data
         if self.established:
             with memoryview(bytes(self._waiting)) as view:
-                self._encrypt(view)
+                self._connection.sendall(view)
             self._waiting.clear()
 
     def data_to_send(self) -> bytes:
         """Return the bytes for the peer, and forget them."""
-        data = bytearray()
+        records = b""
         while True:
             try:
-                data += self._connection.bio_read(_BATCH)
+                more = self._connection.bio_read(_ROOM)
             except SSL.WantReadError:
                 break
-        records = bytes(data)
-        self._out.feed(records)
+            # Hardly ever more than once, so that nothing is copied here.
+            records = records + more if records else more
+            if len(more) < _ROOM:
+                break
+        if self.keeps_keys:
+            self._out.feed(records)
         return records
-
-    def _encrypt(self, view: memoryview) -> None:
-        # pyOpenSSL's contexts take a record's worth at a time.
-        sent = 0
-        while sent < len(view):
-            sent += self._connection.send(view[sent:])
 
     # the handshake
 
@@ -259,7 +265,7 @@ class TlsSocket:
         self._session = session
         self._connection = session._connection
         self._turn = threading.Lock()
-        self._records = memoryview(bytearray(_BATCH))
+        self._records = memoryview(bytearray(_READ))
 
     @property
     def family(self) -> int:
@@ -268,30 +274,32 @@ class TlsSocket:
     def recv_into(self, buffer: Any) -> int:
         """Wait for plain bytes, and take what there is of them; 0 is the end.
 
+        :param buffer: of more than two records (32 KiB).
         :raises OSError: the socket failed, or the peer's records are no good.
         """
         view = memoryview(buffer)
         while True:
             if taken := self._decrypt(view):
                 return taken
-            size = self._sock.recv_into(self._records)
+            # What there is, part of a record, and this have room in the buffer: nothing is
+            # left for a read of its own.
+            size = self._sock.recv_into(self._records, min(_READ, len(view) - 2 * _PLAIN))
             if not size:
                 return 0
             with self._turn:
                 self._connection.bio_write(self._records[:size])
 
     def _decrypt(self, view: memoryview) -> int:
-        taken = 0
+        receive = self._connection.recv_into
+        taken, last = 0, len(view) - _PLAIN
         with self._turn:
-            while len(view) - taken >= _PLAIN:
-                try:
-                    taken += self._connection.recv_into(view[taken:], _PLAIN)
-                except SSL.WantReadError:
-                    break
-                except SSL.ZeroReturnError:
-                    break
-                except SSL.Error as error:
-                    raise OSError(alert_text(error)[0]) from None
+            try:
+                while taken <= last:
+                    taken += receive(view[taken : taken + _PLAIN])
+            except (SSL.WantReadError, SSL.ZeroReturnError):
+                pass
+            except SSL.Error as error:
+                raise OSError(alert_text(error)[0]) from None
         return taken
 
     def sendall(self, data: Any) -> None:
@@ -303,7 +311,7 @@ class TlsSocket:
         for start in range(0, len(view), _BATCH):
             with self._turn:
                 try:
-                    self._session._encrypt(view[start : start + _BATCH])
+                    self._connection.sendall(view[start : start + _BATCH])
                 except SSL.Error as error:
                     raise OSError(alert_text(error)[0]) from None
                 records = self._session.data_to_send()
