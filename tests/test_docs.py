@@ -177,9 +177,11 @@ class ReadmeTests(RigCase):
         # last in, first out: the daemon goes before the QEMU that it has started
         self.addCleanup(self.end_qemu, host)
         self.addCleanup(process.close)
-        wait_until(
-            lambda: "management socket:" in log.read_text() or not process.running, log.read_text
-        )
+
+        def said() -> str:
+            return log.read_text() if log.exists() else ""
+
+        wait_until(lambda: "management socket:" in said() or not process.running, said)
 
     def end_qemu(self, host: Path) -> None:
         """End the QEMU that answers on a host's QMP socket, whoever started it."""

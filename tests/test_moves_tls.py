@@ -126,15 +126,16 @@ class TamperedCase(TlsCase):
 
     def check(self, path: str, mode: str = "precopy") -> None:
         """Change a bit of the stream; the guest goes on, and a second try succeeds."""
-        # A destination of 7.2 may hang when one of several channels breaks.
-        label = "10.0" if mode == "multifd" else "7.2"
-        pair = self.secure_pair("7.2", label).start_registering()
+        pair = self.secure_pair("7.2").start_registering()
         wire = Tamperer(pair.there.uri, only=b"\x16", after=1 << 20)
         self.addCleanup(wire.close)
         pair.begin(path, mode, uri=wire.uri)
         pair.failed(pair.here)
         self.assertTrue(wire.done)
         pair.wait_settings(pair.source)
+        if mode == "multifd":
+            # It hangs where one of several channels breaks, and answers nobody.
+            pair.destination.kill()
         pair.prove_stayed()
         # It was left to fail by itself: QEMU 7.2 may end itself if it is told to cancel then.
         statuses = [

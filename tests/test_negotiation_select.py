@@ -49,6 +49,26 @@ def said(choice: Choice) -> dict[str, str]:
     return {name: str(obstacle) for name, obstacle in choice.left_out.items()}
 
 
+class SecurityTests(SynchronousTestCase):
+    """What is there for security goes first, and only a demand turns that round."""
+
+    def test_preference(self) -> None:
+        """A preference for what excludes it does not switch it off."""
+        choice = choose(["secret", "wild"], terms(prefer=("wild",)), terms())
+        self.assertEqual(choice.features, ("secret",))
+        self.assertEqual(said(choice), {"wild": "conflict: it cannot be combined with secret"})
+
+    def test_preferred_path(self) -> None:
+        """Nor does one for a path that cannot carry it."""
+        choice = choose(["secret"], terms(prefer=(DIRECT,)), terms())
+        self.assertEqual((choice.features, choice.path), (("secret",), HANDOVER))
+
+    def test_requirement(self) -> None:
+        """A requirement does."""
+        choice = choose(["secret", "wild"], terms(require=("wild",)), terms())
+        self.assertEqual(choice.features, ("wild",))
+
+
 class HelpedPathTests(SynchronousTestCase):
     """Paths that a feature takes only with another one's help, or only if it must."""
 

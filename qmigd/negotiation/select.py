@@ -1,8 +1,8 @@
 """The choice of features and of the path: a pure function of both sides' terms.
 
 Features are tried one after another: first those that somebody requires, then
-those that somebody prefers (the source's wishes before the destination's), then
-by rank, security before certainty before speed before thrift, and by name where even
+those of security, then those that somebody prefers (the source's wishes before the
+destination's), then by rank, certainty before speed before thrift, and by name where even
 that is equal.  A feature is taken together with those that it requires, if none of them
 excludes or contradicts what has been taken before, and if a path remains that
 carries all of them; one that gains but thrift, only if the path that is taken without
@@ -110,9 +110,14 @@ def _ordered(
     traits: Mapping[str, Traits], require: Mapping[str, None], prefer: Mapping[str, None]
 ) -> list[str]:
     wishes = {name: place for place, name in enumerate((*require, *prefer))}
-    return sorted(
-        traits, key=lambda name: (wishes.get(name, len(wishes)), -traits[name].rank, name)
-    )
+
+    def key(name: str) -> tuple[bool, bool, int, int, str]:
+        # A mere preference does not bring a guest's RAM onto the wire in clear.
+        guarded = name in require or traits[name].rank >= Rank.SECURITY
+        place = wishes.get(name, len(wishes))
+        return name not in require, not guarded, place, -traits[name].rank, name
+
+    return sorted(traits, key=key)
 
 
 def _open_paths(source: Terms, destination: Terms, require: Mapping[str, None]) -> tuple[str, ...]:
