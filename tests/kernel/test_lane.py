@@ -6,7 +6,11 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.rig.inside import answer
 from tests.rig.lane import KernelCase
 
 
@@ -28,3 +32,21 @@ class LaneTests(KernelCase):
             mounts = Path("/proc/self/mounts").read_text()
             self.assertTrue(file.name.startswith("/tmp/"))
             self.assertIn(" /tmp tmpfs ", mounts)
+
+
+class CallTests(SynchronousTestCase):
+    """A function that is to be called in the lane."""
+
+    def call(self, name: str, *arguments: object) -> dict[str, Any]:
+        return answer({"call": {"name": name, "arguments": [*arguments]}})
+
+    def test_value(self) -> None:
+        """What it returns comes back."""
+        found = self.call("os.path.join", "a", "b")
+        self.assertEqual((found["kind"], found["value"]), ("success", "a/b"))
+
+    def test_failure(self) -> None:
+        """If it fails, its traceback does."""
+        found = self.call("os.listdir", "/nowhere")
+        self.assertEqual(found["kind"], "error")
+        self.assertIn("FileNotFoundError", found["text"])

@@ -2,24 +2,27 @@
 
 It is started with the path of the port that leads out to the rig, where everything is
 a line of JSON.  It begins with ``{"kernel": ...}``; then a question is the name of a test, and
-the answer its outcome.  The end of the questions, or a test that does not end, is
+the answer its outcome, or it is the name of a function with its arguments, and the answer
+what that returns.  The end of the questions, or a test that does not end, is
 the end of this process, and of the guest.
 
-What a test prints goes into its answer.
+What is printed meanwhile goes into the answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import json
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from typing import IO, Any
 
-__all__ = ["DEADLINE"]
+__all__ = ["DEADLINE", "answer"]
 
 #: Seconds after which a test is taken for hung: what every thread of it is doing is
 #: printed on the guest's console, and the guest ends.
@@ -45,6 +48,21 @@ def _run(name: str) -> dict[str, Any]:
     if result.successes == 1:
         return {"kind": "success", "text": ""}
     return {"kind": "error", "text": f"{name} is no single test: {result!r}"}
+
+
+def _call(name: str, arguments: list[Any]) -> dict[str, Any]:
+    """Call the function of that name, and return what it returns, or its traceback."""
+    module, _, function = name.rpartition(".")
+    try:
+        value = getattr(importlib.import_module(module), function)(*arguments)
+    except Exception:
+        return {"kind": "error", "text": traceback.format_exc()}
+    return {"kind": "success", "text": "", "value": value}
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Do what is asked for, and return what there is to say of it."""
+    return _call(**question["call"]) if "call" in question else _run(question["test"])
 
 
 @contextlib.contextmanager
@@ -76,10 +94,10 @@ def _main(path: str) -> None:
             faulthandler.dump_traceback_later(DEADLINE, exit=True, file=console)
             with tempfile.TemporaryFile() as printed:
                 with _printing_to(printed):
-                    answer = _run(json.loads(line))
+                    said = answer(json.loads(line))
                 faulthandler.cancel_dump_traceback_later()
                 printed.seek(0)
-                tell({**answer, "printed": printed.read().decode(errors="replace")})
+                tell({**said, "printed": printed.read().decode(errors="replace")})
     # A thread that a test has left behind is not waited for.
     os._exit(0)
 

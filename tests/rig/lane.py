@@ -23,6 +23,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +143,27 @@ class Lane:
 
         :raises LaneFailed: the guest has died over it, or before.
         """
+        return Outcome(**self._ask({"test": test}))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function inside, and return what it returns there.
+
+        :param function: of a module, at its top level.
+        :param arguments: they and what comes back go through JSON.
+        :raises LaneFailed: it has failed in there, or the guest has died.
+        """
+        name = f"{function.__module__}.{function.__qualname__}"
+        answer = self._ask({"call": {"name": name, "arguments": arguments}})
+        if answer["kind"] != "success":
+            raise LaneFailed(f"{answer['text']}{answer['printed']}")
+        return answer["value"]
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         try:
-            self._port.sendall(json.dumps(test).encode() + b"\n")
+            self._port.sendall(json.dumps(question).encode() + b"\n")
         except OSError:
             raise self._dead() from None
-        return Outcome(**self._answer())
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         try:
