@@ -41,7 +41,7 @@ lint: setup
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary
 
-bench: setup
+bench: setup kernel
 	@$(HOST) qemu-system-x86_64 socat haproxy
 	@$(BIN)/python -m tests.bench
 

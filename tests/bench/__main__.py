@@ -16,7 +16,17 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from tests.bench import handshakes, movers, moves, negotiation, relay, streams, tls
+from tests.bench import (
+    handshakes,
+    ktls,
+    movers,
+    moves,
+    negotiation,
+    relay,
+    streams,
+    tls,
+    tls_streams,
+)
 from tests.bench.table import Row, to_json, write
 
 #: What measures a part: it gets the number of rounds, and somebody to tell of each.
@@ -32,6 +42,8 @@ _PARTS: dict[str, tuple[Measure, int]] = {
     relay.PART: (relay.measure, relay.ROUNDS),
     movers.PART: (movers.measure, movers.ROUNDS),
     tls.PART: (tls.measure, tls.ROUNDS),
+    tls_streams.PART: (tls_streams.measure, tls_streams.ROUNDS),
+    ktls.PART: (ktls.measure, ktls.ROUNDS),
     handshakes.PART: (handshakes.measure, handshakes.ROUNDS),
 }
 

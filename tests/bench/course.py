@@ -18,14 +18,12 @@ a connected socket (SCM_RIGHTS), as qmigd does with QEMU, and is out of the way.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import select
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,15 +43,16 @@ __all__ = [
     "line",
     "run",
     "run_all",
-    "say",
     "total_cpu",
     "wait_for_listener",
 ]
 
 GIB = 1 << 30
 
-#: Bytes that the source writes at a time.
-_WRITE = 512 << 10
+_HERE = Path(__file__).parent
+
+#: Source and sink.
+_ENDS = "ends.py"
 
 #: A run is done again if others had more than this share of the CPUs; the quietest of so
 #: many counts.
@@ -114,9 +113,9 @@ class Place:
     channels: int
     stack: contextlib.ExitStack
 
-    def spawn(self, module: str, *words: str) -> subprocess.Popen[bytes]:
-        """Start a module of the benchmark as a process of its own."""
-        return self.popen([sys.executable, "-m", module, *words])
+    def spawn(self, script: str, *words: str) -> subprocess.Popen[bytes]:
+        """Start one of the benchmark's scripts as a process of its own."""
+        return self.popen([sys.executable, str(_HERE / script), *words])
 
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a program, which ends with the place."""
@@ -128,7 +127,7 @@ class Place:
 
     def sink(self, path: str, *, handed: bool = False) -> subprocess.Popen[bytes]:
         """Start the sink, which listens on a unix socket."""
-        sink = self.spawn(__name__, "sink", _word(handed), path)
+        sink = self.spawn(_ENDS, "sink", _word(handed), path)
         line(sink)
         return sink
 
@@ -207,7 +206,7 @@ def run(contestant: Contestant, channels: int, gib: float) -> Cost:
         relays = contestant.start(place)
         size = str(int(gib * GIB) // channels)
         source = place.spawn(
-            *(__name__, "source", _word(relays.handed), str(channels), size), *relays.paths
+            *(_ENDS, "source", _word(relays.handed), str(channels), size), *relays.paths
         )
         # It has sent a byte through everything and got the answer: all are warm.
         line(source)
@@ -306,89 +305,3 @@ def _all_of(process: subprocess.Popen[bytes]) -> float:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_utime + usage.ru_stime
-
-
-# The two ends.
-
-
-def _handed(sock: socket.socket) -> socket.socket:
-    """Return the socket that is sent there."""
-    with sock:
-        _, (descriptor,), _, _ = socket.recv_fds(sock, 1, 1)
-    return socket.socket(fileno=descriptor)
-
-
-def _source(handed: bool, count: int, size: int, paths: Sequence[str]) -> None:
-    """Send a byte, then ``size`` bytes on each of ``count`` connections when told to."""
-    data = memoryview(mmap.mmap(-1, _WRITE))
-    data[:] = os.urandom(_WRITE)
-
-    def connect(path: str) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(path)
-        return _handed(sock) if handed else sock
-
-    def send(sock: socket.socket, size: int) -> None:
-        while size > 0:
-            sock.sendall(data[:size])
-            size -= _WRITE
-        sock.shutdown(socket.SHUT_WR)
-        if sock.recv(1) != b"x":
-            raise RuntimeError("not everything came through")
-        sock.close()
-
-    for path in paths:
-        send(connect(path), 1)
-    say("ready")
-    sys.stdin.readline()
-    begun, cpu = time.perf_counter(), time.process_time()
-    threads = [
-        threading.Thread(target=send, args=(connect(paths[number % len(paths)]), size))
-        for number in range(count)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    say(f"{time.perf_counter() - begun} {time.process_time() - cpu}")
-    sys.stdin.readline()
-
-
-def _sink(handed: bool, path: str) -> None:
-    """Read every connection to its end, and say so on it."""
-
-    def take(sock: socket.socket) -> None:
-        buffer = bytearray(1 << 20)
-        some = False
-        while sock.recv_into(buffer):
-            some = True
-        # One that brought nothing only looked whether the relay was there.
-        if some:
-            sock.sendall(b"x")
-        sock.close()
-
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        server.listen(16)
-        say("ready")
-        while True:
-            sock = server.accept()[0]
-            end = _handed(sock) if handed else sock
-            threading.Thread(target=take, args=(end,), daemon=True).start()
-
-
-def say(text: str) -> None:
-    """Tell the benchmark."""
-    print(text, flush=True)
-
-
-def _main(words: list[str]) -> None:
-    match words:
-        case ["source", how, count, size, *paths]:
-            _source(how == "handed", int(count), int(size), paths)
-        case ["sink", how, path]:
-            _sink(how == "handed", path)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.bench.course import channels_text, run_all, total_cpu
+from tests.bench.ours import How, contestant
 from tests.bench.relay import CHANNELS
-from tests.bench.sides import How, contestant
 from tests.bench.table import Row
 
 __all__ = ["PART", "ROUNDS", "measure"]

@@ -57,11 +57,13 @@ class Way:
     :ivar path: qmigd's path; ``None`` leaves everything to qmigd; ``baseline`` is the
         control connection itself, with no feature.
     :ivar channels: 1, or so many multifd channels.
+    :ivar tls: in TLS; the daemons need certificates.
     """
 
     name: str
     path: str | None
     channels: int = 1
+    tls: bool = False
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class Way:
             unwanted = "multifd" if self.channels == 1 else "postcopy-ram"
             choice["exclude"] = [unwanted, "postcopy-preempt"]
             choice["require"] = [self.path]
+            choice["require" if self.tls else "exclude"].append("tls")
             if self.channels > 1:
                 choice["require"].append("multifd")
                 tunables["multifd-channels"] = self.channels
@@ -160,7 +163,7 @@ class Chain:
     def __init__(self, here: Daemon, there: Daemon, mib: int) -> None:
         """Start the guest.
 
-        :param here: the daemon of every source; it runs, and has no guests of its own.
+        :param here: the daemon of every source, which is started; it has no guests of its own.
         :param there: the daemon of every destination.
         :param mib: non-zero RAM that the guest has.
         """
@@ -231,7 +234,8 @@ class Chain:
     def _check(self, way: Way, plan: Mapping[str, Any]) -> None:
         wanted = "handover" if way.path == "baseline" else way.path
         channels = sum(channel["name"] == "multifd" for channel in plan["channels"]) or 1
-        if wanted is not None and (plan["path"], channels) != (wanted, way.channels):
+        found = plan["path"], channels, "tls" in plan["features"]
+        if wanted is not None and found != (wanted, way.channels, way.tls):
             raise RuntimeError(f"moved otherwise than was asked for: {plan}")
         self._plans[way] = plan
 

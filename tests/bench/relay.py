@@ -20,7 +20,7 @@ from tests.bench.course import (
     total_cpu,
     wait_for_listener,
 )
-from tests.bench.sides import How, contestant
+from tests.bench.ours import How, contestant
 from tests.bench.table import Row, compare
 from tests.rig.certificates import Authority, write
 

@@ -1,6 +1,7 @@
 """qmigd's two sides on the course: real relays and real channels, without the daemon around.
 
-As processes: ``origin`` is the source's qmigd, ``destination`` the other one.
+A script (see ``ends``): ``origin`` is the source's qmigd, ``destination`` the other one.
+:mod:`tests.bench.ours` starts it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,17 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.bench.course import Contestant, Place, Relays, line, say
-from tests.rig.certificates import Authority, Files
+__all__ = ["ADDRESS", "How"]
 
-__all__ = ["How", "contestant"]
+#: Where the destination listens, and what its certificate is for.
+ADDRESS = "127.0.0.1"
 
 _ID = uuid.UUID(int=1)
 _SECRET = bytes(32)
-_ADDRESS = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -41,33 +40,13 @@ class How:
     receives: str = "copy"
 
 
-def contestant(name: str, how: How) -> Contestant:
-    """Return qmigd as a contestant."""
-    return Contestant(name, partial(_start, how))
-
-
-def _start(how: How, place: Place) -> Relays:
-    directory, handed = str(place.directory), how.path == "handover"
-    Authority(directory).host(_ADDRESS)
-    words = (directory, str(place.channels), json.dumps(asdict(how)))
-    sink_path = str(place.directory / "sink")
-    if handed:
-        sink = place.sink(sink_path, handed=True)
-    far = place.spawn(__name__, "destination", *words, sink_path)
-    port, path = line(far).split()
-    if not handed:
-        sink = place.sink(path)
-    near = place.spawn(__name__, "origin", *words, port)
-    return Relays([line(near)], (near, far), sink, handed)
-
-
 def _security(directory: str) -> Any:
     """What the daemon of either side has, if it has certificates."""
+    from qmigd.channels.credentials import CredentialStore
     from qmigd.migration.security import Security
 
-    path = Path(directory)
-    files = Files(path / "host1-cert.pem", path / "host1-key.pem", path / "ca-cert.pem")
-    return Security(files.store())
+    files = (Path(directory, name) for name in ("host1-cert.pem", "host1-key.pem", "ca-cert.pem"))
+    return Security(CredentialStore(*files))
 
 
 def _plan(count: int) -> list[tuple[str, int]]:
@@ -96,10 +75,10 @@ def _origin(directory: str, count: int, how: How, port: int) -> None:
     from qmigd.wire.role import RoleHeader
 
     run: Any = reactor
-    endpoint = TCP4ClientEndpoint(run, _ADDRESS, port)
+    endpoint = TCP4ClientEndpoint(run, ADDRESS, port)
     side = None
     if how.tls:
-        side = _security(directory).calling(_ADDRESS, keep_keys=how.tls == "kernel")
+        side = _security(directory).calling(ADDRESS, keep_keys=how.tls == "kernel")
 
     async def open_it(name: str, index: int) -> Any:
         role = RoleHeader(_ID, name, index)
@@ -109,10 +88,10 @@ def _origin(directory: str, count: int, how: How, port: int) -> None:
     if how.path == "handover":
         path = f"{directory}/source"
         _hand_over(run, path, _plan(count), open_it)
-        say(path)
+        _say(path)
     else:
         relay = SourceRelay(run, directory, _plan(count), open_it, _heard, mover=how.sends)
-        say(relay.listen().path)
+        _say(relay.listen().path)
     run.run()
 
 
@@ -130,7 +109,7 @@ def _hand_over(
 
     class Port(Protocol):
         def connectionMade(self) -> None:
-            Deferred.fromCoroutine(give(detach(self.transport)))
+            Deferred.fromCoroutine(give(detach(self.transport))).addErrback(_failed)
 
     reactor.listenUNIX(path, Factory.forProtocol(Port))
 
@@ -173,8 +152,8 @@ def _destination(directory: str, count: int, how: How, sink: str) -> None:
 
     attachments.expect(_ID, _SECRET, _plan(count), take, peer)
     factory = Factory.forProtocol(lambda: _port(attachments, side))
-    port = run.listenTCP(0, factory, interface=_ADDRESS)
-    say(f"{port.getHost().port} {path}")
+    port = run.listenTCP(0, factory, interface=ADDRESS)
+    _say(f"{port.getHost().port} {path}")
     run.run()
 
 
@@ -200,7 +179,8 @@ def _port(attachments: Any, side: Any) -> Any:
                     session = self.bytes.session
                     claim = attachments.claim(event.role, session.peer if session else None)
                     self.bytes.machine.attached()
-                    claim.hand_over(self.transport, self.bytes.data_to_send(), session)
+                    handing = claim.hand_over(self.transport, self.bytes.data_to_send(), session)
+                    handing.addErrback(_failed)
                     return
             self._go_on()
 
@@ -211,11 +191,20 @@ def _port(attachments: Any, side: Any) -> Any:
     return Port()
 
 
+def _say(text: str) -> None:
+    """Tell the benchmark."""
+    print(text, flush=True)
+
+
 def _heard(event: Any) -> None:
     from qmigd.channels.relay import ChannelEnded
 
     if not isinstance(event, ChannelEnded):
         print(event, file=sys.stderr)
+
+
+def _failed(failure: Any) -> None:
+    print(failure.getTraceback(), file=sys.stderr, flush=True)
 
 
 def _main(words: list[str]) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.bench.course import channels_text, run_all, total_cpu
+from tests.bench.ours import How, contestant
 from tests.bench.relay import CHANNELS, HAPROXY, below, haproxy, missing
-from tests.bench.sides import How, contestant
 from tests.bench.ssh import SSH, ssh
 from tests.bench.table import Row
 from tests.rig.debian import Unavailable
