@@ -54,10 +54,10 @@ _HERE = Path(__file__).parent
 #: Source and sink.
 _ENDS = "ends.py"
 
-#: A run is done again if others had more than this share of the CPUs; the quietest of so
-#: many counts.
+#: A run is done again if others had more than this share of the CPUs; of so many the
+#: quietest counts.
 _FOREIGN = 0.08
-_TRIES = 3
+_TRIES = 2
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tests.rig.lane import Lane
 __all__ = ["PART", "ROUNDS", "inside", "measure", "note"]
 
 PART = "ktls"
-ROUNDS = 3
+ROUNDS = 2
 
 #: The QEMU that emulates.
 _MACHINE = "10.0"
@@ -39,7 +39,7 @@ _TITLE = "ktls, emulated"
 _AMOUNT = 96 / 1024
 
 _PLAIN_HANDOVER, _HANDOVER = "handover, plain", "handover, kernel TLS"
-_PLAIN_RELAY, _RELAY, _THREADS = "relay, plain", "relay, kernel TLS", "relay, TLS in user space"
+_PLAIN_RELAY, _RELAY, _THREADS = "relay, plain", "relay, kernel TLS", "relay, user-space TLS"
 
 _WAYS = {
     _PLAIN_HANDOVER: How("handover"),

@@ -27,7 +27,7 @@ from tests.rig.certificates import Authority, write
 __all__ = ["CHANNELS", "HAPROXY", "PART", "ROUNDS", "below", "haproxy", "measure", "missing"]
 
 PART = "relay"
-ROUNDS = 7
+ROUNDS = 5
 
 CHANNELS = (1, 4)
 

@@ -49,7 +49,7 @@ StrictModes no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 AllowStreamLocalForwarding yes
-LogLevel ERROR
+LogLevel FATAL
 Ciphers {cipher}
 Compression no
 """

@@ -30,7 +30,7 @@ _CHANNELS = (1, 4)
 #: The ways by their names in the table.
 _WAYS = {
     "relay, TLS": ("relay", True),
-    "direct, QEMU's own TLS": ("direct", True),
+    "QEMU's own TLS": ("direct", True),
     "relay, plain": ("relay", False),
     "direct, plain": ("direct", False),
 }
