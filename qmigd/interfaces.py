@@ -527,6 +527,10 @@ class Guest(Protocol):
     name: str
     backend: str
 
+    @property
+    def postcopy_without_pages(self) -> bool:
+        """Whether it switches to postcopy where nothing is left to be sent; while attached."""
+
     async def attach(self) -> None:
         """Take hold of the guest: ``GuestBusy`` if somebody has it, ``GuestGone`` if none."""
 
@@ -565,7 +569,8 @@ class Guest(Protocol):
     async def query_migrate(self) -> dict[str, Any]:
         """Return QEMU's ``query-migrate``, with ``status`` always there (``none``)."""
 
-    async def start_postcopy(self) -> None: ...
+    async def start_postcopy(self) -> None:
+        """Ask for the switch; QEMU does it some time later."""
 
     async def cancel(self) -> None:
         """Ask for the end of the outgoing migration; does not wait for it."""

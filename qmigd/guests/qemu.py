@@ -20,7 +20,7 @@ from twisted.logger import Logger
 
 from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.guests import builds, describe, process, schema
-from qmigd.guests.quirks import CONNECTED_FIRST, SEVERAL_CHANNELS
+from qmigd.guests.quirks import CONNECTED_FIRST, POSTCOPY_WITHOUT_PAGES, SEVERAL_CHANNELS
 from qmigd.interfaces import Examined, GuestFacts, Settings, Tunable
 from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal, connect
 from qmigd.waiting import together
@@ -370,6 +370,11 @@ class QemuGuest:
 
     async def query_migrate(self) -> dict[str, Any]:
         return {"status": "none", **await self.client.execute("query-migrate")}
+
+    @property
+    def postcopy_without_pages(self) -> bool:
+        version = self.client.greeting["version"]["qemu"]
+        return (version["major"], version["minor"], version["micro"]) in POSTCOPY_WITHOUT_PAGES
 
     async def start_postcopy(self) -> None:
         await self.client.execute("migrate-start-postcopy")

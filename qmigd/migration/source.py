@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -52,6 +52,7 @@ from .paths import SourcePath
 from .proposing import Cancelled, Proposing
 from .services import Services
 from .status import Record
+from .switching import BANDWIDTH, Hold, start_postcopy
 from .verdicts import ask
 
 __all__ = ["Outgoing"]
@@ -86,6 +87,9 @@ class Outgoing(Proposing):
         self._release_taken: Deferred[None] | None = None
         self._completed: float | None = None
         self._stage = ""
+        self._tuning = DeferredLock()
+        self._bandwidth: int | None = None
+        self._over = False
 
     # what the daemon's commands call
 
@@ -151,20 +155,49 @@ class Outgoing(Proposing):
             raise self._why_no_postcopy()
         self.record.can_postcopy = False
         self.record.update(step="switching over to postcopy")
-        # The fence (see ownership): from here on QEMU does not let it run again by itself.
-        await self.guest.stop()
-        if self._released is Released.YES:
-            return  # it has just arrived by precopy, and is being handed over
+        guest = self.guest
+        await self._tuning.run(lambda: Deferred.fromCoroutine(self._switch(guest)))
+
+    async def _switch(self, guest: Guest) -> None:
+        hold = Hold(guest) if guest.postcopy_without_pages else None
         try:
-            self._release_taken = Deferred()
+            if hold is not None:
+                self.saved = Settings({}, {BANDWIDTH: self._bandwidth}) | self.saved
+                self._note(self._stage)
+                await hold.take()
+            # The fence (see ownership): from here on QEMU does not let it run again by itself.
+            await guest.stop()
+            if self._released is Released.YES:
+                return  # it has just arrived by precopy, and is being handed over
+            await self._release_and_switch(guest, hold)
+        finally:
+            if hold is not None:
+                await hold.drop()
+            self.wake()
+
+    async def _release_and_switch(self, guest: Guest, hold: Hold | None) -> None:
+        try:
             self._release(postcopy=True)
+            self._release_taken = Deferred()
             await self._release_taken
-            await self.guest.start_postcopy()
+            await start_postcopy(guest, hold, self._while_under_way)
         except GuestError as error:
             # With the guest stopped, precopy comes to its end at once.
             log.info("QEMU does not switch to postcopy any more: {error}", error=error.text)
-        finally:
-            self.wake()
+
+    async def _while_under_way(self, seconds: float) -> None:
+        if not self._over:
+            await deferLater(self.services.reactor, seconds)
+        if self._over:
+            raise GuestError("the migration is over")
+
+    async def _end_switch(self) -> None:
+        """Have a switch that is not through yet let go of the guest, and wait for that."""
+        self._over = True
+        if self._release_taken is not None:
+            taken, self._release_taken = self._release_taken, None
+            taken.errback(MigrationError("the migration was over before the switch to postcopy"))
+        await self._tuning.run(lambda: None)
 
     def _why_no_postcopy(self) -> QmigdError:
         plan = self.plan
@@ -180,6 +213,10 @@ class Outgoing(Proposing):
         """Set migration parameters while it runs."""
         if self.guest is None or not self._started:
             raise MigrationError("the migration is not under way yet, or over")
+        # Not while the stream is held: what is set then would be lost.
+        await self._tuning.run(lambda: Deferred.fromCoroutine(self._tune(tunables)))
+
+    async def _tune(self, tunables: Mapping[str, Any]) -> None:
         await self.set_up(Settings({}, tunables))
         self._note(self._stage)
         self.record.tunables = {**self.record.tunables, **tunables}
@@ -195,6 +232,7 @@ class Outgoing(Proposing):
         peer = PeerIdentity(self.hostname, control.peer_subject) if self.in_tls else None
         await self.set_up_plan(plan, facts, "source", lambda: self._note("started"), own, peer)
 
+        self._bandwidth = facts.parameters.get(BANDWIDTH)
         self._started = True
         control.machine.start()
         control.flush()
@@ -390,6 +428,7 @@ class Outgoing(Proposing):
 
     async def _settle(self, error: QmigdError | None) -> None:
         """Leave both hosts in order, whatever happened."""
+        await self._end_switch()
         step = "moved"
         if error is not None:
             step = await self._recover(error)
