@@ -531,6 +531,10 @@ class Guest(Protocol):
     def postcopy_without_pages(self) -> bool:
         """Whether it switches to postcopy where nothing is left to be sent; while attached."""
 
+    @property
+    def told_to_run(self) -> bool:
+        """Whether its QEMU has been told to let it run since it was attached."""
+
     async def attach(self) -> None:
         """Take hold of the guest: ``GuestBusy`` if somebody has it, ``GuestGone`` if none."""
 

@@ -133,6 +133,8 @@ class SplitBrainTests(PairCase):
         pair = self.pair(label, program=_SMALL, here=_DEADLINES, there=_DEADLINES).start()
         self.to_postcopy(pair, "direct")
         pair.source.wait_migration("postcopy-active")
+        # A guest that has not run there yet would go on here: 10.0 says so before it is loaded.
+        pair.destination.wait_running()
         # Its last word cannot come any more, and then the connection breaks.
         pair.destination.process.signal(signal.SIGSTOP)
         pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)

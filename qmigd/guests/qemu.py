@@ -64,6 +64,7 @@ class QemuGuest:
         self._attaching = False
         self._watchers: list[Watcher] = []
         self._starting: Deferred[None] | None = None
+        self.told_to_run = False
         self._names = (f"qmigd-{uuid4().hex}-{number}" for number in count())
 
     # -- taking hold
@@ -82,6 +83,7 @@ class QemuGuest:
         finally:
             self._attaching = False
         self._client = client
+        self.told_to_run = False
         client.subscribe(lambda name, data, time: self._tell(name, data))
         client.when_lost(lambda reason: self._on_lost(client, reason))
 
@@ -398,7 +400,7 @@ class QemuGuest:
         if await self.query_status() == "inmigrate":
             self._start_later(Deferred.fromCoroutine(self._start_when_loaded(client)))
         else:
-            await client.execute("cont")
+            await self._run(client)
 
     def _start_later(self, starting: Deferred[None] | None) -> None:
         """Forget an earlier ``cont`` for when it is loaded, if there is one."""
@@ -412,13 +414,17 @@ class QemuGuest:
         try:
             while (await client.execute("query-status"))["status"] == "inmigrate":
                 await deferLater(self._reactor, LOADED_POLL)
-            await client.execute("cont")
+            await self._run(client)
         except GuestError as error:
             _log.warn(
                 "guest {name} was to run once it is loaded: {error}",
                 name=self.name,
                 error=error.text,
             )
+
+    async def _run(self, client: QMPClient) -> None:
+        self.told_to_run = True
+        await client.execute("cont")
 
     async def quit(self) -> None:
         """End the process; returns once its QMP connection is closed.

@@ -25,7 +25,7 @@ from ..handshake.events import (
     Released,
     Selected,
 )
-from ..interfaces import Settings
+from ..interfaces import Guest, Settings
 from .answering import Answering
 from .control import Control
 from .move import OVER
@@ -49,7 +49,8 @@ class Incoming(Answering):
         self._owned = Owned.NO
         self._ran: bool | None = False
         self._told_running = False
-        self._torn = 0.0
+        self._since: dict[str, float] = {}
+        self._waits = True
         self._cancelled: str | None = None
         self._failure: QmigdError | None = None
 
@@ -133,6 +134,7 @@ class Incoming(Answering):
         if status == "completed" and self.run and state != "running":
             await self.guest.cont()
             state = await self.guest.query_status()
+        self._waits = state == "inmigrate"
         if state == "running" or (state != "inmigrate" and not self.run):
             self._ran = True
             self.services.verdicts.settle(self.record.id, True)
@@ -143,17 +145,32 @@ class Incoming(Answering):
         return False
 
     def _raise_if_torn(self, status: str) -> None:
-        """Give up where the guest is ours and the rest of its RAM cannot come any more."""
+        """Give up where the guest is ours and the rest of it cannot come any more."""
         torn = status == "postcopy-paused"
         if self._path is not None and self._path.failure is not None:
             # All may have come before; then QEMU needs a moment to say so.
-            self._torn = self._torn or self.now()
-            torn = torn or self.now() - self._torn > self.services.deadlines.stall
+            torn = torn or self._late("stream")
+        if self._waits and status.startswith("postcopy"):
+            # The devices come first in postcopy.  QEMU does not always say so when it cannot
+            # load them: it may just close the stream, which only a relay would see.
+            torn = torn or self._late("load")
+        else:
+            self._since.pop("load", None)
+        if torn and self._waits:
+            raise MigrationError(
+                "the stream broke, or QEMU did not get to load the guest's devices from it; "
+                "the guest has not run here"
+            )
         if torn:
             raise MigrationError(
                 "the stream broke in postcopy; the guest runs here, and RAM that had not "
                 "arrived is still at the source: do not end its QEMU there"
             )
+
+    def _late(self, what: str) -> bool:
+        """Whether this has been so, look for look, for longer than a stream may stall."""
+        since = self._since.setdefault(what, self.now())
+        return self.now() - since > self.services.deadlines.stall
 
     def _raise_if_over(self) -> None:
         if self._cancelled is not None:
@@ -240,17 +257,29 @@ class Incoming(Answering):
                 if self.services.guests.launched_for(guest, self.record.id):
                     await guest.quit()
                 return
-            state = await guest.query_status()
             if self._owned is Owned.YES:
-                self._ran = state != "inmigrate"
+                self._ran = await self._arrived(guest)
             if on_destination_failure(self._owned, bool(self._ran)) is Act.QUIT:
                 self.saved = Settings()
                 await guest.quit()
         except GuestGone:
             # It ended by itself, as QEMU does when a load fails.
             self.saved = Settings()
+            if self._ran is None and not guest.told_to_run:
+                self._ran = False
         except QmigdError as second:
             log.warn("guest {guest}: {error}", guest=guest.name, error=second.text)
+
+    async def _arrived(self, guest: Guest) -> bool:
+        """Whether the guest is here; if not, its QEMU can be ended without a doubt."""
+        state = await guest.query_status()
+        if state == "inmigrate":
+            # From here on it does not run as soon as it is loaded.
+            await guest.stop()
+            state = await guest.query_status()
+            if state != "inmigrate" and self.run:
+                await guest.cont()
+        return state != "inmigrate"
 
     def _report(self, error: QmigdError | None) -> None:
         """Tell the source what became of it."""
