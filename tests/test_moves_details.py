@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
+from tests.rig.bootsector import Program
 from tests.rig.guest import Guest
+from tests.rig.news import ask_until
 from tests.rig.pair import (
     FEATURES,
     KNOWN,
@@ -68,6 +71,53 @@ class PausedTests(PairCase):
         self.assertEqual(pair.destination.lines, [])
         same_ram(pair.source, pair.destination, everything=True)
         pair.prove_settings()
+
+
+class SwitchTests(PairCase):
+    """Postcopy out of a QEMU that would switch with nothing left to be sent, and fail.
+
+    That it does is shown in :mod:`tests.test_guests_quirks`, with the same settings.
+    """
+
+    def check(self, path: str, other: str) -> None:
+        pair = self.pair("11", other, program=Program(pages=64)).start()
+        pair.source.qmp("stop")
+        pair.begin(path, "postcopy", bandwidth=300_000, tunables={"downtime-limit": 1})
+        pair.wait(pair.here, "active")
+        ask_until(
+            lambda: pair.source.qmp("query-migrate").get("ram", {}).get("remaining") == 0,
+            "everything to be sent",
+        )
+        with contextlib.suppress(QmpError):  # on a busy machine it is over by now
+            pair.here.execute("migrate-start-postcopy", guest=NAME)
+        pair.completed()
+        self.assertEqual(pair.destination.status(), "paused")
+        same_ram(pair.source, pair.destination, everything=True)
+        pair.prove_settings()
+
+    def test_handover(self) -> None:
+        """It completes by precopy, over one socket."""
+        self.check("handover", "10.0")
+
+    def test_direct(self) -> None:
+        """It completes by precopy, from QEMU to QEMU."""
+        self.check("direct", "11")
+
+    def test_relay(self) -> None:
+        """It completes by precopy, through the relays."""
+        self.check("relay", "11")
+
+    def test_bandwidth(self) -> None:
+        """The stream is held for the switch only: then it is set as the user had it."""
+        pair = self.pair("11").start()
+        tunables = {"max-postcopy-bandwidth": 1 << 16}
+        pair.begin("relay", "postcopy", bandwidth=SLOW, tunables=tunables)
+        pair.postcopy()
+        pair.source.wait_migration("postcopy-active")
+        self.assertEqual(settings_of(pair.source)["max-bandwidth"], SLOW)
+        pair.source.qmp("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+        pair.completed()
+        pair.prove_moved()
 
 
 class SettingsTests(PairCase):
