@@ -14,7 +14,7 @@ from qmigd.interfaces import GuestFacts
 from tests.rig.bootsector import Program
 from tests.rig.case import RigCase
 from tests.rig.guest import Guest, GuestDied
-from tests.rig.news import Hang, wait_until
+from tests.rig.news import Hang, ask_until, wait_until
 from tests.rig.proofs import compare_ram
 from tests.rig.qemus import require
 from tests.rig.qmp import Lost, QmpError
@@ -156,7 +156,15 @@ class QuirkTests(RigCase):
             destination.close()
 
     def assert_hung(self, guest: Guest) -> None:
-        """Its QMP does not answer any more."""
+        """Its QMP does not answer any more, sooner or later: it may have to be connected first."""
+
+        def hangs() -> bool:
+            try:
+                return guest.qmp("query-status", deadline=HUNG)["status"] != "inmigrate"
+            except Hang:
+                return True
+
+        ask_until(hangs, "it to hang")
         self.assertRaises(Hang, guest.qmp, "query-status", deadline=HUNG)
 
     def assert_arrives(self, source: Guest, destination: Guest) -> None:
