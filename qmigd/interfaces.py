@@ -573,6 +573,13 @@ class Guest(Protocol):
     async def query_migrate(self) -> dict[str, Any]:
         """Return QEMU's ``query-migrate``, with ``status`` always there (``none``)."""
 
+    async def holds_on(self) -> bool:
+        """Whether QEMU still has a migration's connection, or calls for one; over or not.
+
+        It begins no other migration then: QEMU 10.0, told to cancel while it is still being
+        connected, is ``cancelled`` at once and does not stop to call (``query-yank`` tells).
+        """
+
     async def start_postcopy(self) -> None:
         """Ask for the switch; QEMU does it some time later."""
 

@@ -216,6 +216,32 @@ class SetupTests(FaultCase):
         self.check(CANCEL, "relay", "10.0", "10.0")
 
 
+class SilenceTests(FaultCase):
+    """The source's QEMU calls the destination's, and a firewall swallows the answers.
+
+    It goes on calling although it was told to cancel, until the kernel gives up.
+    """
+
+    def check(self, version: str) -> None:
+        pair = self.ready(version, version, link=True)
+        assert self.link_ is not None
+        self.link_.drop_answers(pair.there.config["daemon"]["direct-ports"])
+        pair.begin("direct")
+        self.assertIn("--exclude direct", pair.failed(pair.here))
+        pair.failed(pair.there)
+        pair.wait_settings(pair.source)
+        pair.prove_stayed()
+        self.try_again(pair, "handover", link=self.link_)
+
+    def test_cancelled_at_once(self) -> None:
+        """QEMU 10.0 says that it has cancelled, and then does not begin another migration."""
+        self.check("10.0")
+
+    def test_cancelling(self) -> None:
+        """QEMU 11, like 7.2, does not let its settings be changed before it is done."""
+        self.check("11")
+
+
 class ActiveTests(FaultCase):
     """While RAM is being moved, and the guest dirties it."""
 

@@ -373,6 +373,10 @@ class QemuGuest:
     async def query_migrate(self) -> dict[str, Any]:
         return {"status": "none", **await self.client.execute("query-migrate")}
 
+    async def holds_on(self) -> bool:
+        instances = await self.client.execute("query-yank")
+        return any(instance["type"] == "migration" for instance in instances)
+
     @property
     def postcopy_without_pages(self) -> bool:
         version = self.client.greeting["version"]["qemu"]

@@ -8,12 +8,13 @@ things and no more.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from ..errors import GuestError, QmigdError
+from ..errors import DeadlineError, GuestError, QmigdError
 from ..interfaces import Guest, GuestFacts, PeerIdentity, Role, Settings
 from ..negotiation.plan import Plan
 from .services import Services
@@ -146,6 +147,20 @@ class Move:
         if status not in OVER and status != "none":
             self.record.update(status=status)
         return status
+
+    async def until_over(self) -> None:
+        """Wait until QEMU's migration is over, however long QEMU takes, or does not even answer.
+
+        :raises GuestError: the guest's QEMU is gone, or the stream broke in postcopy.
+        """
+        status = ""
+        while status not in OVER and status != "none":
+            if status == "postcopy-paused":
+                raise GuestError("the stream broke in postcopy, and pages of its RAM are missing")
+            if status:
+                await self.rest()
+            with suppress(DeadlineError):
+                status = await self.look()
 
     def stalled_for(self) -> float:
         """Seconds since QEMU's migration moved at all."""

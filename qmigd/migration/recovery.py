@@ -13,7 +13,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from ..errors import GuestError, GuestGone, QmigdError
+from ..errors import GuestGone, QmigdError
 from ..interfaces import Settings
 from ..transports.uri import parse_uri
 from .move import OVER, Move
@@ -69,7 +69,7 @@ async def _source(move: Move, entry: Mapping[str, Any]) -> str:
         return "the guest is the destination's"
     if await move.look() not in {*OVER, "none"}:
         await move.guest.cancel()
-    await _until_over(move)
+    await move.until_over()
     if entry.get("baseline") and move.qemu_status == "completed":
         # Nobody has to be asked there: the destination's QEMU lets it run by itself.
         return "the guest is the destination's"
@@ -110,7 +110,7 @@ async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
     if entry["stage"] == "receiving":
         if entry.get("baseline"):
             # QEMU has the connection, and lets the guest run by itself.
-            await _until_over(move, patient=True)
+            await move.until_over()
         if await move.guest.query_status() == "running":
             move.services.verdicts.settle(move.record.id, True)
             return "it runs here"
@@ -120,21 +120,8 @@ async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
         await move.guest.quit()
         move.services.verdicts.settle(move.record.id, False)
         return "the guest is the source's; the half of it that was here was ended"
-    await _until_over(move, patient=True)
+    await move.until_over()
     if entry.get("run", True) and await move.guest.query_status() != "running":
         await move.guest.cont()
     move.services.verdicts.settle(move.record.id, True)
     return "the guest runs here"
-
-
-async def _until_over(move: Move, *, patient: bool = False) -> None:
-    """QEMU may go on without a daemon; wait as long as it makes progress.
-
-    :param patient: wait as long as it takes: a destination's QEMU does not say how far it is.
-    """
-    while await move.look() not in {*OVER, "none"}:
-        if move.qemu_status == "postcopy-paused":
-            raise GuestError("the stream broke in postcopy, and pages of its RAM are missing")
-        if not patient and move.stalled_for() > move.services.deadlines.stall:
-            raise GuestError(f"QEMU's migration hangs at {move.qemu_status}")
-        await move.rest()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock
@@ -90,6 +91,7 @@ class Outgoing(Proposing):
         self._tuning = DeferredLock()
         self._bandwidth: int | None = None
         self._over = False
+        self._lingers = False
 
     # what the daemon's commands call
 
@@ -305,15 +307,18 @@ class Outgoing(Proposing):
             stall = self.services.deadlines.stall
             if self.stalled_for() > stall and status not in ("pre-switchover",):
                 raise MigrationError(
-                    f"nothing has moved for {stall:g} seconds (QEMU's status: {status})",
+                    f"nothing has moved for {stall:g} seconds (QEMU's status: {status})"
+                    f"{'' if self._has_moved() else self._hint()}",
                     code="deadline",
                 )
             await self.rest()
 
     async def _why(self) -> str:
         reason = await self.reason()
-        moved = self.record.progress.get("ram", {}).get("transferred", 0)
-        return reason if moved else reason + self._hint()
+        return reason if self._has_moved() else reason + self._hint()
+
+    def _has_moved(self) -> bool:
+        return bool(self.record.progress.get("ram", {}).get("transferred", 0))
 
     def _hint(self) -> str:
         """What to do where the two QEMUs cannot reach each other."""
@@ -436,11 +441,11 @@ class Outgoing(Proposing):
             self._part(error)
         if self._path is not None:
             self._path.close()
-        await self.put_back()
-        if error is None and self.services.source_after == "quit":
-            step = await self._quit()
-        self.let_go()
-        self.services.journal.forget(self.record.id, "source")
+        if not self._lingers:
+            await self.put_back()
+            if error is None and self.services.source_after == "quit":
+                step = await self._quit()
+            self._leave()
         status = "completed"
         if error is not None:
             status = "cancelled" if isinstance(error, Cancelled) else "failed"
@@ -452,41 +457,79 @@ class Outgoing(Proposing):
                 error=error.text,
             )
         self.record.end(status, step, error)
+        if error is not None and self._lingers:
+            Deferred.fromCoroutine(self._recover_late(error))
+
+    def _leave(self) -> None:
+        """There is nothing left to be done."""
+        self.let_go()
+        self.services.journal.forget(self.record.id, "source")
 
     async def _recover(self, error: QmigdError) -> str:
-        """After a failure: the guest runs here again, unless it may run there."""
-        guest = self.guest
-        if guest is None or not self._started:
+        """After a failure: bring the guest back here; returns what has become of it."""
+        if self.guest is None or not self._started:
             return "not begun; the guest goes on here"
         try:
-            if self._released is Released.YES:
-                await self._ask()
-            await self._end_qemus_migration(error)
-            act = on_source_failure(self._released, self._peer)
-            if act is Act.LEAVE and self.qemu_status.startswith("postcopy"):
-                return (
-                    "stopped here; it is the destination's, which may still need RAM that is "
-                    "here: do not end this QEMU before the guest there has all of it"
-                )
-            if act is Act.LEAVE:
-                return (
-                    "stopped here, because it may run at the destination; if it is lost there "
-                    "for good, let it go on here with 'cont' on its QMP socket"
-                )
-            if self.was_running and await guest.query_status() != "running":
-                await guest.cont()
-            return "the guest goes on here"
+            return await self._bring_back(error)
+        except DeadlineError as second:
+            self._lingers = True
+            step = f"the guest's QEMU is not done, and qmigd goes on waiting for it: {second.text}"
         except QmigdError as second:
-            log.warn("guest {guest}: {error}", guest=guest.name, error=second.text)
-            return f"the guest's QEMU could not be asked: {second.text}"
+            step = f"the guest's QEMU could not be asked: {second.text}"
+        log.warn("guest {guest}: {step}", guest=self.record.guest, step=step)
+        return step
+
+    async def _recover_late(self, error: QmigdError) -> None:
+        """For as long as it takes: QEMU may hang for minutes in a connection that is no more.
+
+        The guest remains in this migration's hands until then.  QEMU would not begin another.
+        """
+        step = ""
+        try:
+            while not step:
+                await self.rest()
+                with suppress(DeadlineError):
+                    step = await self._bring_back(error)
+            await self.put_back()
+        except QmigdError as second:
+            step = f"the guest's QEMU could not be asked: {second.text}"
+        except Exception:
+            log.failure("end of migration {id}", id=self.record.id)
+            step = "qmigd itself failed; its log says where"
+        log.info("guest {guest}: {step}", guest=self.record.guest, step=step)
+        self.record.update(step=step)
+        self._leave()
+
+    async def _bring_back(self, error: QmigdError) -> str:
+        """Let the guest run here again, unless it may run there; returns which.
+
+        :raises DeadlineError: QEMU does not answer, or not end its migration, in time.
+        """
+        guest = self.guest
+        assert guest is not None
+        if self._released is Released.YES:
+            await self._ask()
+        await self._end_qemus_migration(error)
+        act = on_source_failure(self._released, self._peer)
+        if act is Act.LEAVE and self.qemu_status.startswith("postcopy"):
+            return (
+                "stopped here; it is the destination's, which may still need RAM that is "
+                "here: do not end this QEMU before the guest there has all of it"
+            )
+        if act is Act.LEAVE:
+            return (
+                "stopped here, because it may run at the destination; if it is lost there "
+                "for good, let it go on here with 'cont' on its QMP socket"
+            )
+        if self.was_running and await guest.query_status() != "running":
+            await guest.cont()
+        return "the guest goes on here"
 
     async def _end_qemus_migration(self, error: QmigdError) -> None:
         """Bring it to its end, where that is still safe, and wait until QEMU is done with it."""
         assert self.guest is not None
-        status = await self.look()
-        if self._released is Released.YES and self._peer is not Peer.NEVER_RAN:
-            return
-        if status in OVER or status == "none":
+        over = await self._is_over()
+        if over or (self._released is Released.YES and self._peer is not Peer.NEVER_RAN):
             return
         if not isinstance(error, Cancelled) and self._path is not None:
             # Its channels are broken, or are now, and it fails by itself.  Told to cancel at
@@ -497,16 +540,20 @@ class Outgoing(Proposing):
                 return
         await self.guest.cancel()
         if not await self._over_within(self.services.deadlines.guest):
-            raise GuestError("QEMU does not end its migration although it was cancelled")
+            raise DeadlineError("QEMU does not end its migration although it was cancelled")
 
     async def _over_within(self, seconds: float) -> bool:
         """Whether QEMU's migration comes to an end by then."""
         end = self.now() + seconds
-        while await self.look() not in OVER:
+        while not await self._is_over():
             if self.now() >= end:
                 return False
             await self.rest(0.05)
         return True
+
+    async def _is_over(self) -> bool:
+        assert self.guest is not None
+        return await self.look() in {*OVER, "none"} and not await self.guest.holds_on()
 
     def _part(self, error: QmigdError | None) -> None:
         control = self.control

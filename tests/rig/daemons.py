@@ -110,6 +110,7 @@ class Daemon:
         table = {key.replace("_", "-"): value for key, value in daemon.items()}
         if namespace is not None:
             table.setdefault("listen", [f"tcp:{namespace.address}:{_PORT}"])
+            table.setdefault("direct-ports", "49152-49215")
             table.setdefault("insecure", True)
         else:
             ports = free_ports(_DIRECT_PORTS + 1)

@@ -91,6 +91,23 @@ class Link:
         """Make the link whole again."""
         self._aim(self.right.mac, self.left.mac)
 
+    def drop_answers(self, ports: str) -> None:
+        """Lose whatever the right end sends from these TCP ports, as a firewall would.
+
+        The left end's kernel then tries four times to connect, within 15 seconds, and not
+        seven times within two minutes.
+
+        :param ports: ``FIRST-LAST``.
+        """
+        _ip(
+            *("-n", self.right.name, "rule", "add", "ipproto", "tcp"),
+            *("sport", ports, "blackhole"),
+        )
+        _ip(
+            *("netns", "exec", self.left.name),
+            *("sh", "-c", "echo 3 >/proc/sys/net/ipv4/tcp_syn_retries"),
+        )
+
     def _aim(self, left: str, right: str) -> None:
         for here, there, mac in ((self.left, self.right, left), (self.right, self.left, right)):
             _ip(
