@@ -14,7 +14,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.channels.kernel_tls import CIPHERS, KernelTls, TrafficKeys, install, probe
 from qmigd.errors import LocalError
-from tests.rig.tls_records import connected, sessions
+from qmigd.transports.sockets import tcp_pair
+from tests.rig.tls_records import sessions
 
 # RFC 8448, section 3: the secrets, what they lead to, and the last record each way.
 _CLIENT_SECRET = "9e40646ce79a7f9dc05af8889bce6552875afa0b06df0087f792ebb7c17504a5"
@@ -170,7 +171,7 @@ class NumberTests(SynchronousTestCase):
         for cipher in CIPHERS:
             with self.subTest(cipher):
                 numbers = {}
-                pair = connected()
+                pair = tcp_pair()
                 for sock in pair:
                     self.addCleanup(sock.close)
                 for name, end in zip(("client", "server"), sessions(cipher, *pair), strict=True):

@@ -25,12 +25,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.channels.movers import copy, mover_for, sending
 from qmigd.channels.movers.common import BUFFER_SIZE, End
-from qmigd.channels.movers.probing import obstacle, tcp_pair
+from qmigd.channels.movers.probing import obstacle
 from qmigd.channels.movers.receiving import Receiving
 from qmigd.channels.movers.ring import Ring
 from qmigd.channels.movers.sending import COPIED_ENOUGH
 from qmigd.channels.pump import SEND_BUFFER
 from qmigd.interfaces import MOVERS
+from qmigd.transports.sockets import tcp_pair
 from tests import test_channels_pump as pumps
 from tests.test_channels_pump import MIB, pattern, read_all, reset, write_all
 

@@ -20,15 +20,9 @@ from zope.interface import implementer
 from qmigd.channels.codecs import chain
 from qmigd.channels.pump import BUFFER_SIZE, SEND_BUFFER, Flow, Pump
 from qmigd.interfaces import ICodec
+from qmigd.transports.sockets import tcp_pair
 
 MIB = 1 << 20
-
-
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends of a TCP connection on this host."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        client = socket.create_connection(server.getsockname())
-        return client, server.accept()[0]
 
 
 def read_all(sock: socket.socket) -> str:

@@ -31,6 +31,7 @@ from qmigd.channels.secured import Secured
 from qmigd.errors import LocalError, PeerGone
 from qmigd.handshake.channel import ChannelHandshake
 from qmigd.interfaces import ICodec
+from qmigd.transports.sockets import tcp_pair
 from qmigd.wire.role import RoleHeader
 
 from .test_channels_attach import ID, SECRET, DestinationFactory
@@ -41,7 +42,6 @@ from .test_channels_pump import (
     pump_threads,
     read_all,
     reset,
-    tcp_pair,
     write_all,
 )
 

@@ -35,11 +35,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from qmigd.channels.movers import BUFFER_SIZE, mover_for
-from qmigd.channels.movers.probing import Direction, obstacle, tcp_pair
+from qmigd.channels.movers.probing import Direction, obstacle
 from qmigd.channels.movers.sending import Sending, enable
 from qmigd.channels.pump import SEND_BUFFER
 from qmigd.interfaces import COPY, MOVERS
-from qmigd.transports.sockets import set_send_buffer
+from qmigd.transports.sockets import set_send_buffer, tcp_pair
 
 __all__ = ["DIRECTIONS", "MARGIN", "Calibration", "Cancelled", "Cost", "Measuring"]
 

@@ -70,11 +70,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from qmigd.errors import LocalError
+from qmigd.transports.sockets import tcp_pair
 
 __all__ = ["CIPHERS", "KernelTls", "TrafficKeys", "install", "lost", "probe"]
 
 # linux/tcp.h and linux/tls.h, which the socket module does not name.
-_TCP_ULP: Final = 31
+TCP_ULP: Final = 31
 _SOL_TLS: Final = 282
 _TLS_TX: Final = 1
 _TLS_RX: Final = 2
@@ -181,7 +182,7 @@ def install(sock: socket.socket, keys: TrafficKeys) -> None:
             _crypto_info(cipher, keys.receiving, keys.last_received, "received")
         )
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
             sock.setsockopt(_SOL_TLS, _TLS_TX, sending)
             # Last, since it has the kernel look at what has arrived already.
             sock.setsockopt(_SOL_TLS, _TLS_RX, receiving)
@@ -227,22 +228,18 @@ def _try(cipher: _Cipher) -> None:
     :raises OSError: it does not work.
     """
     secrets = bytearray(os.urandom(32)), bytearray(os.urandom(32))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        one = socket.create_connection(server.getsockname(), _PROBE_DEADLINE)
-        with one:
-            server.settimeout(_PROBE_DEADLINE)
-            other, _ = server.accept()
-            with other:
-                other.settimeout(_PROBE_DEADLINE)
-                for sock, (tx, rx) in ((one, secrets), (other, secrets[::-1])):
-                    sock.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
-                    for option, secret in ((_TLS_TX, tx), (_TLS_RX, rx)):
-                        with _crypto_info(cipher, secret, b"", "") as info:
-                            sock.setsockopt(_SOL_TLS, option, info)
-                for sender, receiver in ((one, other), (other, one)):
-                    sender.sendall(b"?")
-                    if receiver.recv(2) != b"?":
-                        raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
+    one, other = tcp_pair()
+    with one, other:
+        for sock, (tx, rx) in ((one, secrets), (other, secrets[::-1])):
+            sock.settimeout(_PROBE_DEADLINE)
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+            for option, secret in ((_TLS_TX, tx), (_TLS_RX, rx)):
+                with _crypto_info(cipher, secret, b"", "") as info:
+                    sock.setsockopt(_SOL_TLS, option, info)
+        for sender, receiver in ((one, other), (other, one)):
+            sender.sendall(b"?")
+            if receiver.recv(2) != b"?":
+                raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
 
 
 def _why(error: OSError, cipher: str) -> str:

@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 from qmigd.errors import LocalError, PeerGone
 
-__all__ = ["detach", "drained", "limit_reads", "set_send_buffer", "tune_stream"]
+__all__ = ["detach", "drained", "limit_reads", "set_send_buffer", "tcp_pair", "tune_stream"]
 
 #: SO_SNDBUFFORCE of Linux, which the socket module does not name: SO_SNDBUF without
 #: net.core.wmem_max as its limit, for who has CAP_NET_ADMIN.
@@ -127,3 +127,16 @@ def tune_stream(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_COUNT)
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a TCP connection over loopback, blocking and tuned as a relay's.
+
+    :raises OSError: there is no loopback interface, or no descriptor left.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+    for end in (client, accepted):
+        tune_stream(end)
+    return client, accepted

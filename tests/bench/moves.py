@@ -16,13 +16,13 @@ import functools
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qmigd.transports.sockets import tcp_pair
 from tests.bench.course import cpu_seconds
 from tests.bench.qmp import Client
 from tests.rig.bootsector import Program
@@ -326,12 +326,9 @@ def _wait_for_end(daemon: Daemon, migration: str, mark: int) -> None:
 
 def _give_socket(source: Client, destination: Client) -> None:
     """Give each of the two one end of a TCP connection."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        near = socket.create_connection(server.getsockname())
-        far, _ = server.accept()
+    near, far = tcp_pair()
     with near, far:
         for client, end in ((source, near), (destination, far)):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.execute("getfd", {"fdname": "stream"}, end.fileno())
 
 

@@ -20,8 +20,9 @@ from twisted.internet.threads import deferToThread
 from qmigd.channels.kernel_tls import CIPHERS, TrafficKeys, install, lost, probe
 from qmigd.channels.pump import Pump
 from qmigd.errors import LocalError
+from qmigd.transports.sockets import tcp_pair
 from tests.rig.lane import KernelCase
-from tests.rig.tls_records import connected, read_exactly, sessions
+from tests.rig.tls_records import read_exactly, sessions
 from tests.rig.wire import Wire
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class KernelTlsCase(KernelCase):
     """A test with a session, one or both ends of which go on in the kernel."""
 
     def connected(self) -> tuple[socket.socket, socket.socket]:
-        pair = connected()
+        pair = tcp_pair()
         for sock in pair:
             self.addCleanup(sock.close)
         return pair

@@ -9,9 +9,10 @@ from qmigd.channels.kernel_tls import install
 from qmigd.channels.movers import copy, mover_for
 from qmigd.channels.movers.common import End, is_tcp
 from qmigd.interfaces import MOVERS
+from qmigd.transports.sockets import tcp_pair
 from tests import test_channels_movers as movers
 from tests.rig.lane import KernelCase
-from tests.rig.tls_records import connected, sessions
+from tests.rig.tls_records import sessions
 from tests.test_channels_pump import pattern, read_all, write_all
 
 
@@ -33,7 +34,7 @@ class KernelTlsTests(KernelCase):
     def test_through_two(self) -> None:
         """Whatever the mover, bytes come whole: what cannot be had is copied."""
         for name in MOVERS:
-            client, server = connected()
+            client, server = tcp_pair()
             for session in sessions("TLS_AES_128_GCM_SHA256", client, server):
                 install(session.sock, session.keys())
             qemu, source = socket.socketpair()
@@ -57,7 +58,7 @@ class KernelTlsTests(KernelCase):
 
     def test_records_are_not_mapped(self) -> None:
         """A socket with TLS on it is not taken for one that could be mapped or sent from."""
-        client, server = connected()
+        client, server = tcp_pair()
         for session in sessions("TLS_AES_128_GCM_SHA256", client, server):
             self.assertTrue(is_tcp(session.sock))
             install(session.sock, session.keys())

@@ -18,7 +18,7 @@ from OpenSSL import SSL
 
 from qmigd.channels.kernel_tls import TrafficKeys
 
-__all__ = ["Session", "connected", "read_exactly", "read_record", "sessions"]
+__all__ = ["Session", "read_exactly", "read_record", "sessions"]
 
 _HEADER_SIZE = 5
 
@@ -34,14 +34,6 @@ def _identity() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     builder = builder.not_valid_before(now - datetime.timedelta(days=1))
     builder = builder.not_valid_after(now + datetime.timedelta(days=1))
     return key, builder.sign(key, hashes.SHA256())
-
-
-def connected() -> tuple[socket.socket, socket.socket]:
-    """Return two sockets that are connected to each other by TCP over loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        one = socket.create_connection(server.getsockname())
-        other, _ = server.accept()
-    return one, other
 
 
 def read_exactly(sock: socket.socket, size: int) -> bytes:

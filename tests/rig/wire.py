@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 
-from tests.rig.tls_records import connected
+from qmigd.transports.sockets import tcp_pair
 
 __all__ = ["Wire"]
 
@@ -20,8 +20,8 @@ class Wire:
 
     def __init__(self) -> None:
         """Join the ends."""
-        one, inner = connected()
-        other_inner, other = connected()
+        one, inner = tcp_pair()
+        other_inner, other = tcp_pair()
         self.ends = one, other
         self.seen = bytearray(), bytearray()
         self._flips: list[int | None] = [None, None]

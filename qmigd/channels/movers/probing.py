@@ -11,24 +11,12 @@ from typing import Literal
 from qmigd.channels.movers.common import said
 from qmigd.channels.movers.receiving import Receiving
 from qmigd.channels.movers.sending import enable
+from qmigd.transports.sockets import tcp_pair
 
-__all__ = ["Direction", "obstacle", "tcp_pair"]
+__all__ = ["Direction", "obstacle"]
 
 #: Of the guest's stream: from QEMU to the network, or from the network to QEMU.
 Direction = Literal["send", "receive"]
-
-
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """Return the two ends of a TCP connection on this host, as a relay has them.
-
-    :raises OSError: there is no loopback interface.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        client = socket.create_connection(server.getsockname())
-        accepted, _ = server.accept()
-    for end in (client, accepted):
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return client, accepted
 
 
 def obstacle(mover: str, direction: Direction) -> str | None:
