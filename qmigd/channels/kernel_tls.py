@@ -72,10 +72,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from qmigd.errors import LocalError
 from qmigd.transports.sockets import tcp_pair
 
-__all__ = ["CIPHERS", "KernelTls", "TrafficKeys", "install", "lost", "probe"]
+__all__ = ["CIPHERS", "TCP_ULP", "KernelTls", "TrafficKeys", "install", "lost", "probe"]
 
-# linux/tcp.h and linux/tls.h, which the socket module does not name.
+#: TCP_ULP of linux/tcp.h: the protocol on top of TCP within the kernel, such as "tls".
 TCP_ULP: Final = 31
+
+# linux/tls.h, which the socket module does not name either.
 _SOL_TLS: Final = 282
 _TLS_TX: Final = 1
 _TLS_RX: Final = 2

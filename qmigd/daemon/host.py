@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from qmigd.channels.movers.sending import enable
 from qmigd.interfaces import Host, RdmaDevice
 
 __all__ = ["gather", "rdma_devices"]
@@ -26,9 +27,6 @@ _NETWORK = Path("/sys/class/net")
 _TCP_WMEM = Path("/proc/sys/net/ipv4/tcp_wmem")
 #: A port's state in sysfs begins with its number (IB_PORT_ACTIVE in rdma/ib_verbs.h).
 _ACTIVE = "4:"
-
-#: SO_ZEROCOPY of Linux 4.14, which the socket module does not name (asm/socket.h).
-_SO_ZEROCOPY = 60
 
 # Netlink (linux/rtnetlink.h, linux/if_addr.h).
 _RTM_NEWADDR, _RTM_GETADDR = 20, 22
@@ -53,7 +51,7 @@ def gather() -> Host:
 def _takes_zero_copy() -> bool:
     with socket.socket(socket.AF_INET) as probe:
         try:
-            probe.setsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY, 1)
+            enable(probe)
         except OSError:
             return False
     return True

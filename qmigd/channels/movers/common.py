@@ -9,13 +9,12 @@ from typing import Any, Final, Literal
 
 from twisted.python.failure import Failure
 
+from qmigd.channels.kernel_tls import TCP_ULP
+
 __all__ = ["BUFFER_SIZE", "Count", "End", "Mover", "is_tcp", "said"]
 
 #: Bytes that one read takes at the most, and so what a direction holds at the most.
 BUFFER_SIZE: Final = 1 << 20
-
-#: TCP_ULP of linux/tcp.h: the protocol on top of TCP within the kernel, such as "tls".
-_TCP_ULP: Final = 31
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,6 @@ def is_tcp(sock: socket.socket) -> bool:
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     try:
-        return not sock.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).rstrip(b"\0")
+        return not sock.getsockopt(socket.IPPROTO_TCP, TCP_ULP, 16).rstrip(b"\0")
     except OSError:
         return True
