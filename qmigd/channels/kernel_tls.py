@@ -69,7 +69,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from qmigd.errors import LocalError
+from qmigd.errors import LocalError, PeerGone
 from qmigd.transports.sockets import tcp_pair
 
 __all__ = ["CIPHERS", "TCP_ULP", "KernelTls", "TrafficKeys", "install", "lost", "probe"]
@@ -171,6 +171,7 @@ def install(sock: socket.socket, keys: TrafficKeys) -> None:
     The secrets in ``keys`` are overwritten, whatever happens.
 
     :param sock: a connected TCP socket, nothing of which is read or written meanwhile.
+    :raises PeerGone: the peer has closed the connection, or its half of it.
     :raises LocalError: it cannot be done.  The socket is in between then, and of no use
         but to be closed.
     """
@@ -189,6 +190,11 @@ def install(sock: socket.socket, keys: TrafficKeys) -> None:
             # Last, since it has the kernel look at what has arrived already.
             sock.setsockopt(_SOL_TLS, _TLS_RX, receiving)
         except OSError as error:
+            if error.errno == errno.ENOTCONN:
+                # TLS is for a connection that is open both ways (tls_init in tls_main.c).
+                raise PeerGone(
+                    "The peer has closed the connection before its TLS session went to the kernel."
+                ) from None
             raise LocalError(
                 f"The kernel does not take over a TLS session: {_why(error, keys.cipher)}."
             ) from None

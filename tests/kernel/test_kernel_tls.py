@@ -19,7 +19,7 @@ from twisted.internet.threads import deferToThread
 
 from qmigd.channels.kernel_tls import CIPHERS, TrafficKeys, install, lost, probe
 from qmigd.channels.pump import Pump
-from qmigd.errors import LocalError
+from qmigd.errors import LocalError, PeerGone
 from qmigd.transports.sockets import tcp_pair
 from tests.rig.lane import KernelCase
 from tests.rig.tls_records import read_exactly, sessions
@@ -252,6 +252,14 @@ class WireTests(KernelTlsCase):
         install(other.sock, other.keys())
         one.sock.sendall(b"out of order")
         self.fails(other.sock, errno.EBADMSG)
+
+    def test_peer_has_hung_up(self) -> None:
+        """A connection that the peer has closed is no failure of TLS."""
+        one, other = sessions(_CIPHER, *self.connected())
+        other.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(one.sock.recv(1), b"")
+        caught = self.assertRaises(PeerGone, install, one.sock, one.keys())
+        self.assertIn("closed", caught.text)
 
     def test_key_of_another_session(self) -> None:
         """A session whose last records are not its own is refused before the kernel sees it."""
