@@ -27,7 +27,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final, Literal
 
-__all__ = ["Act", "Peer", "Released", "on_destination_failure", "on_source_failure"]
+__all__ = ["SAID", "Act", "Peer", "Released", "on_destination_failure", "on_source_failure"]
 
 
 class Released(Enum):
@@ -43,6 +43,10 @@ class Peer(Enum):
     NEVER_RAN = "never ran"
     RUNS = "runs"
     UNKNOWN = "unknown"
+
+
+#: What a destination's word for it means: "ran" in OUTCOME, and in the answer to who asks.
+SAID: Final = {True: Peer.RUNS, False: Peer.NEVER_RAN, None: Peer.UNKNOWN}
 
 
 class Act(Enum):

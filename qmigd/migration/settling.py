@@ -1,0 +1,245 @@
+"""The end of a migration at the source: whatever happened, both hosts are left in order.
+
+After a failure the guest runs here again, unless it may run at the destination
+(:mod:`qmigd.migration.ownership`), and what was set on its QEMU is put back.  That has to
+wait until QEMU is done with its migration, which can be long after the user has been told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from ..errors import DeadlineError, QmigdError
+from ..handshake.events import Outcome
+from ..negotiation.policy import Policy
+from ..transports.uri import Address
+from .move import LOOK, OVER
+from .ownership import SAID, Act, Peer, Released, on_source_failure
+from .paths import SourcePath
+from .proposing import Cancelled, Proposing
+from .services import Services
+from .status import Record
+from .verdicts import ask
+
+__all__ = ["Settling"]
+
+log = Logger()
+
+#: Seconds within which a QEMU whose channels have broken has failed by itself, or hangs.
+FAILS_WITHIN = 2.0
+
+
+class Settling(Proposing):
+    """A source that knows how far it has come, and how to end from there."""
+
+    def __init__(
+        self,
+        services: Services,
+        record: Record,
+        uri: Address,
+        policy: Policy,
+        tunables: Mapping[str, Any],
+        tls_hostname: str | None = None,
+    ) -> None:
+        super().__init__(services, record, uri, policy, tunables, tls_hostname)
+        self._path: SourcePath | None = None
+        self._started = False
+        self._released = Released.NO
+        self._peer = Peer.NEVER_RAN
+        self._outcome: Outcome | None = None
+        self._stage = ""
+        self._lingers = False
+
+    async def _ask(self) -> None:
+        """RELEASE was sent and the connection lost: find out whether the guest arrived."""
+        self.record.update(step="asking the destination whether the guest has arrived")
+        end = self.now() + self.services.deadlines.ask
+        while self._peer is Peer.UNKNOWN and self.now() < end:
+            try:
+                answer = await ask(
+                    self.services.reactor,
+                    self.uri,
+                    self.record.id,
+                    self.secret,
+                    self.services.deadlines.handshake,
+                    self.tls_side() if self.in_tls else None,
+                )
+            except QmigdError as error:
+                log.info("no answer from {peer}: {error}", peer=self.uri, error=error.text)
+            else:
+                self._peer = SAID[answer.get("ran")]
+            if self._peer is Peer.UNKNOWN:
+                await deferLater(self.services.reactor, LOOK)
+
+    async def _settle(self, error: QmigdError | None) -> None:
+        """Leave both hosts in order, whatever happened."""
+        step = "moved"
+        if error is not None:
+            step = await self._recover(error)
+        if self.control is not None:
+            self._part(error)
+        if self._path is not None:
+            self._path.close()
+        if not self._lingers:
+            await self.put_back()
+            if error is None and self.services.source_after == "quit":
+                step = await self._quit()
+            self._leave()
+        status = "completed"
+        if error is not None:
+            status = "cancelled" if isinstance(error, Cancelled) else "failed"
+            log.warn(
+                "migration {id} of guest {guest} {status}: {error}",
+                id=self.record.id,
+                guest=self.record.guest,
+                status=status,
+                error=error.text,
+            )
+        self.record.end(status, step, error)
+        if error is not None and self._lingers:
+            Deferred.fromCoroutine(self._recover_late(error))
+
+    def _leave(self) -> None:
+        """There is nothing left to be done."""
+        self.let_go()
+        self.services.journal.forget(self.record.id, "source")
+
+    async def _recover(self, error: QmigdError) -> str:
+        """After a failure: bring the guest back here; returns what has become of it."""
+        if self.guest is None or not self._started:
+            return "not begun; the guest goes on here"
+        try:
+            return await self._bring_back(error)
+        except DeadlineError as second:
+            self._lingers = True
+            step = f"the guest's QEMU is not done, and qmigd goes on waiting for it: {second.text}"
+        except QmigdError as second:
+            step = f"the guest's QEMU could not be asked: {second.text}"
+        log.warn("guest {guest}: {step}", guest=self.record.guest, step=step)
+        return step
+
+    async def _recover_late(self, error: QmigdError) -> None:
+        """For as long as it takes: QEMU may hang for minutes in a connection that is no more.
+
+        The guest remains in this migration's hands until then.  QEMU would not begin another.
+        """
+        step = ""
+        try:
+            while not step:
+                await self.rest()
+                with suppress(DeadlineError):
+                    step = await self._bring_back(error)
+            await self.put_back()
+        except QmigdError as second:
+            step = f"the guest's QEMU could not be asked: {second.text}"
+        except Exception:
+            log.failure("end of migration {id}", id=self.record.id)
+            step = "qmigd itself failed; its log says where"
+        log.info("guest {guest}: {step}", guest=self.record.guest, step=step)
+        self.record.update(step=step)
+        self._leave()
+
+    async def _bring_back(self, error: QmigdError) -> str:
+        """Let the guest run here again, unless it may run there; returns which.
+
+        :raises DeadlineError: QEMU does not answer, or not end its migration, in time.
+        """
+        guest = self.guest
+        assert guest is not None
+        if self._released is Released.YES:
+            await self._ask()
+        await self._end_qemus_migration(error)
+        act = on_source_failure(self._released, self._peer)
+        if act is Act.LEAVE and self.qemu_status.startswith("postcopy"):
+            return (
+                "stopped here; it is the destination's, which may still need RAM that is "
+                "here: do not end this QEMU before the guest there has all of it"
+            )
+        if act is Act.LEAVE:
+            return (
+                "stopped here, because it may run at the destination; if it is lost there "
+                "for good, let it go on here with 'cont' on its QMP socket"
+            )
+        if self.was_running and await guest.query_status() != "running":
+            await guest.cont()
+        return "the guest goes on here"
+
+    async def _end_qemus_migration(self, error: QmigdError) -> None:
+        """Bring it to its end, where that is still safe, and wait until QEMU is done with it."""
+        assert self.guest is not None
+        over = await self._is_over()
+        if over or (self._released is Released.YES and self._peer is not Peer.NEVER_RAN):
+            return
+        if not isinstance(error, Cancelled) and self._path is not None:
+            # Its channels are broken, or are now, and it fails by itself.  Told to cancel at
+            # that very moment, QEMU 7.2 with multifd ends in an assertion
+            # (yank_unregister_instance), and the guest with it: 3 of 60 tries.
+            self._path.close()
+            if await self._over_within(FAILS_WITHIN):
+                return
+        await self.guest.cancel()
+        if not await self._over_within(self.services.deadlines.guest):
+            raise DeadlineError("QEMU does not end its migration although it was cancelled")
+
+    async def _over_within(self, seconds: float) -> bool:
+        """Whether QEMU's migration comes to an end by then."""
+        end = self.now() + seconds
+        while not await self._is_over():
+            if self.now() >= end:
+                return False
+            await self.rest(0.05)
+        return True
+
+    async def _is_over(self) -> bool:
+        assert self.guest is not None
+        return await self.look() in {*OVER, "none"} and not await self.guest.holds_on()
+
+    def _part(self, error: QmigdError | None) -> None:
+        control = self.control
+        assert control is not None
+        streams = self.baseline and self._started  # the connection is QEMU's
+        if error is None or control.failure is not None or self._outcome is not None or streams:
+            control.close()
+        elif isinstance(error, Cancelled) and self._started:
+            control.machine.cancel(error.text)
+            control.flush()
+            control.close()
+        else:
+            control.refuse(error)
+
+    async def _quit(self) -> str:
+        if self.baseline:
+            return "moved; kept here paused, because nobody reported that it runs there"
+        try:
+            assert self.guest is not None
+            await self.guest.quit()
+        except QmigdError as error:
+            return f"moved; the QEMU here could not be ended: {error.text}"
+        return "moved; the QEMU here was ended"
+
+    def _note(self, stage: str) -> None:
+        assert self.guest is not None
+        self._stage = stage
+        self.services.journal.write(
+            self.record.id,
+            "source",
+            {
+                "guest": self.record.guest,
+                "qmp": self.services.guests.where(self.guest),
+                "peer": self.record.peer,
+                "stage": stage,
+                "baseline": self.baseline,
+                "tls-hostname": self.hostname if self.in_tls else None,
+                "secret": self.secret.hex(),
+                "was-running": self.was_running,
+                "capabilities": dict(self.saved.capabilities),
+                "parameters": dict(self.saved.parameters),
+                "objects": list(self.saved.objects),
+            },
+        )
