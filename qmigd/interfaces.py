@@ -558,7 +558,9 @@ class Guest(Protocol):
         :raises qmigd.errors.ArgumentError: a name is unknown or a value does not fit.
         """
 
-    async def apply(self, settings: Settings) -> tuple[Settings, Settings]:
+    async def apply(
+        self, settings: Settings, facts: GuestFacts | None = None
+    ) -> tuple[Settings, Settings]:
         """Set; returns what the same names were set to before, and what was read back."""
 
     async def incoming(self, channel: str | socket.socket) -> None:

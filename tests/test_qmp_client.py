@@ -66,9 +66,8 @@ class ClientTests(SynchronousTestCase):
         (sent,) = self.heard()
         self.assertEqual(sent["execute"], "qmp_capabilities")
         self.assertEqual(sent["arguments"], {"enable": ["oob"]})
-        self.assertNoResult(self.ready)
-        self.say({"return": {}, "id": sent["id"]})
         self.successResultOf(self.ready)
+        self.say({"return": {}, "id": sent["id"]})
         self.assertEqual(self.client.greeting, GREETING["QMP"])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
@@ -76,6 +75,17 @@ class ClientTests(SynchronousTestCase):
         """What is not offered is not enabled."""
         self.say({"QMP": {"version": {}, "capabilities": []}})
         self.assertNotIn("arguments", self.heard()[0])
+
+    def test_handshake_refused(self) -> None:
+        """Commands that went along fail with the reason for which there is no command mode."""
+        self.say(GREETING)
+        answer = self.client.execute("query-status")
+        entering, _ = self.heard()
+        error = {"class": "GenericError", "desc": "not today"}
+        self.say({"error": error, "id": entering["id"]})
+        self.assertIn("not today", str(self.failureResultOf(answer, GuestError).value))
+        self.assertTrue(self.transport.disconnected)
+        self.failureResultOf(self.client.execute("query-status"), GuestGone)
 
     def test_silence(self) -> None:
         """A socket that accepts and does not greet has another client, and is left alone."""

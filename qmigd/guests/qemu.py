@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybeDeferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -179,20 +179,25 @@ class QemuGuest:
 
     # -- settings
 
-    async def apply(self, settings: Settings) -> tuple[Settings, Settings]:
+    async def apply(
+        self, settings: Settings, facts: GuestFacts | None = None
+    ) -> tuple[Settings, Settings]:
         """Set, and read back that it is set; returns what was before, and what is now.
 
         A parameter that had no value before is ``None`` in what is returned, and
         giving ``None`` unsets one where QEMU can do that (``tls-creds``); where it
         cannot (``block-bitmap-mapping``), ``None`` is passed over.
 
+        :param facts: say what was before; without them QEMU is asked.
         :raises GuestError: QEMU refused or ignored one of them; all are as before.
         """
         parameters = await self._settable(settings.parameters)
         # All at once: QEMU answers in order, so what it had comes before what it is told.
         (known, before), *answers = await DeferredList(
             [
-                Deferred.fromCoroutine(self.readback(settings)),
+                Deferred.fromCoroutine(self.readback(settings))
+                if facts is None
+                else maybeDeferred(self._pick, settings, facts.capabilities, facts.parameters),
                 *self._set(Settings(settings.capabilities, parameters, settings.objects)),
                 Deferred.fromCoroutine(self.readback(settings)),
             ],
@@ -228,23 +233,30 @@ class QemuGuest:
 
         :raises GuestError: QEMU does not know one of the capabilities.
         """
-        capabilities: dict[str, bool] = {}
-        parameters: dict[str, Any] = {}
         asked: list[Deferred[Any]] = []
         if settings.capabilities:
             asked.append(Deferred.fromCoroutine(self._capabilities()))
         if settings.parameters:
             asked.append(self.client.execute("query-migrate-parameters"))
         answers = await together(asked)
-        if settings.capabilities:
-            known = answers[0]
-            for name in settings.capabilities:
-                if name not in known:
-                    raise GuestError(f"the QEMU of guest {self.name} has no capability {name}")
-                capabilities[name] = known[name]
-        if settings.parameters:
-            parameters = {name: answers[-1].get(name) for name in settings.parameters}
-        return Settings(capabilities, parameters, dict.fromkeys(settings.objects))
+        return self._pick(
+            settings,
+            answers[0] if settings.capabilities else {},
+            answers[-1] if settings.parameters else {},
+        )
+
+    def _pick(
+        self, settings: Settings, capabilities: Mapping[str, bool], parameters: Mapping[str, Any]
+    ) -> Settings:
+        """Return what a QEMU has for the names in ``settings``, out of all that it has."""
+        for name in settings.capabilities:
+            if name not in capabilities:
+                raise GuestError(f"the QEMU of guest {self.name} has no capability {name}")
+        return Settings(
+            {name: capabilities[name] for name in settings.capabilities},
+            {name: parameters.get(name) for name in settings.parameters},
+            dict.fromkeys(settings.objects),
+        )
 
     async def _capabilities(self) -> dict[str, bool]:
         answer = await self.client.execute("query-migrate-capabilities")

@@ -26,6 +26,7 @@ from ..handshake.events import (
     Selected,
 )
 from ..interfaces import Guest, Settings
+from ..waiting import together
 from .answering import Answering
 from .control import Control
 from .move import OVER
@@ -86,11 +87,16 @@ class Incoming(Answering):
             return
         control.listen(self._said)
         control.stay_alive(self.services.deadlines.peer)
-        await guest.stop()
         self._path = DestinationPath(
             self.services, plan, self.record.id, self.secret, self.wake, guest, control.peer
         )
-        ready = await self._path.open(self.host)
+        # QEMU is told both at once, in this order.
+        _, ready = await together(
+            [
+                Deferred.fromCoroutine(guest.stop()),
+                Deferred.fromCoroutine(self._path.open(self.host)),
+            ]
+        )
         control.machine.status({"ready": True, **ready})
         control.flush()
         await self._watch()

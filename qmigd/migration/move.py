@@ -86,10 +86,13 @@ class Move:
             self.record.passed(int(data.get("pass", 0)))
         self.wake()
 
-    async def set_up(self, settings: Settings) -> Settings:
-        """Set, remember what was set before, and return what is really set now."""
+    async def set_up(self, settings: Settings, facts: GuestFacts | None = None) -> Settings:
+        """Set, remember what was set before, and return what is really set now.
+
+        :param facts: say what was before.
+        """
         assert self.guest is not None
-        before, now = await self.guest.apply(settings)
+        before, now = await self.guest.apply(settings, facts)
         self.saved = before | self.saved
         return now
 
@@ -125,7 +128,7 @@ class Move:
             | self.saved
         )
         note()
-        real = await self.set_up(every)
+        real = await self.set_up(every, guest)
         compare(wanted, real, role)
         return Settings(
             {name: real.capabilities[name] for name in wanted.capabilities},

@@ -213,6 +213,9 @@ class QMPClient(Protocol):
     async def handshake(self, deadline: float) -> None:
         """Wait for the greeting and enter command mode; :func:`connect` calls it.
 
+        The answer to that is not waited for: QEMU takes commands in order, so what is sent
+        next can go along.  Should it refuse, the connection fails with its reason.
+
         :raises GuestBusy: no greeting came within ``deadline`` seconds.
         """
         assert self._greeted is not None  # connected by now
@@ -223,7 +226,15 @@ class QMPClient(Protocol):
             self._fail(busy)
             raise busy from None
         wanted = [name for name in self.greeting.get("capabilities", []) if name == "oob"]
-        await self.execute("qmp_capabilities", **({"enable": wanted} if wanted else {}))
+        entering = self.execute("qmp_capabilities", **({"enable": wanted} if wanted else {}))
+        entering.addErrback(self._not_entered)
+
+    def _not_entered(self, failure: Failure) -> None:
+        error = failure.value
+        if not isinstance(error, GuestError):
+            failure.raiseException()
+        elif self._lost is None:
+            self._fail(error)
 
     def _send(
         self, key: str, command: str, arguments: Mapping[str, Any], seconds: float | None = None
