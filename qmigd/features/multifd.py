@@ -13,12 +13,11 @@ from ..interfaces import (
     Feature,
     GuestFacts,
     Host,
-    No,
     Role,
     Settings,
     Withdraw,
-    Yes,
 )
+from .capabilities import known, none_on
 
 __all__ = ["COMPRESSION", "COUNT", "MOST", "Multifd", "feature", "most_channels"]
 
@@ -51,12 +50,9 @@ class Multifd(Feature):
     tunables = frozenset({COUNT, COMPRESSION})
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
-        if "multifd" not in guest.capabilities:
-            return No(f"it ({_version(guest)}) does not know the capability")
-        for other in ("xbzrle", "mapped-ram", "x-ignore-shared"):
-            if guest.capabilities.get(other):
-                return No(f"{other} has been switched on in it, which excludes this")
-        return Yes()
+        return known(guest, "multifd", f"it ({_version(guest)})") and none_on(
+            guest, "xbzrle", "mapped-ram", "x-ignore-shared"
+        )
 
     def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         proposal: dict[str, Any] = {"cpus": host.cpus}

@@ -31,6 +31,7 @@ from ..interfaces import (
     Withdraw,
     Yes,
 )
+from .capabilities import known, none_on
 
 __all__ = ["Postcopy", "feature"]
 
@@ -51,12 +52,10 @@ class Postcopy(Feature):
     abilities = frozenset({"postcopy"})
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
-        if "postcopy-ram" not in guest.capabilities:
-            return No("it does not know the capability")
-        for other in ("x-ignore-shared", "mapped-ram", "background-snapshot"):
-            if guest.capabilities.get(other):
-                return No(f"{other} has been switched on in it, which excludes this")
-        return _probe_destination(guest) if role == "destination" else Yes()
+        answer = known(guest, "postcopy-ram") and none_on(
+            guest, "x-ignore-shared", "mapped-ram", "background-snapshot"
+        )
+        return _probe_destination(guest) if answer and role == "destination" else answer
 
     def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         return {_PAGES: _page_sizes(guest)} if guest.ram else {}

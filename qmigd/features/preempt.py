@@ -17,11 +17,10 @@ from ..interfaces import (
     Channels,
     Feature,
     GuestFacts,
-    No,
     Role,
     Settings,
-    Yes,
 )
+from .capabilities import known
 
 __all__ = ["Preempt", "feature"]
 
@@ -35,9 +34,7 @@ class Preempt(Feature):
     paths = frozenset({DIRECT, RELAY})
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
-        if "postcopy-preempt" not in guest.capabilities:
-            return No("it does not know the capability")
-        return Yes()
+        return known(guest, "postcopy-preempt")
 
     def settings(self, agreement: Mapping[str, Any], role: Role) -> Settings:
         return Settings({"postcopy-preempt": True})

@@ -39,6 +39,7 @@ from ..interfaces import (
     Withdraw,
     Yes,
 )
+from .capabilities import known, none_on
 
 __all__ = ["PinAll", "Rdma", "feature", "locked_memory", "pin_all"]
 
@@ -79,8 +80,8 @@ class Rdma(Feature):
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
         if guest.types.get(_CHANNEL) is False:
             return No("it was built without RDMA")
-        if guest.capabilities.get("xbzrle"):
-            return No("xbzrle has been switched on in it, which excludes this")
+        if not (answer := none_on(guest, "xbzrle")):
+            return answer
         needed, process = locked_memory(guest), guest.process
         limit = None if process is None else process.memlock
         if limit is not None and needed is not None and limit < needed:
@@ -136,9 +137,7 @@ class PinAll(Feature):
         return feature.probe_host(host)
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
-        if self.name not in guest.capabilities:
-            return No("it does not know the capability")
-        return Yes()
+        return known(guest, self.name)
 
     def settings(self, agreement: Mapping[str, Any], role: Role) -> Settings:
         return Settings({self.name: True})

@@ -32,12 +32,12 @@ from ..interfaces import (
     Feature,
     GuestFacts,
     Host,
-    No,
     Role,
     Settings,
     Withdraw,
     Yes,
 )
+from .capabilities import known, none_on
 from .multifd import COMPRESSION, COUNT, most_channels
 
 __all__ = ["ZeroCopySend", "feature", "locked_memory"]
@@ -81,12 +81,7 @@ class ZeroCopySend(Feature):
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
         if role == "destination":
             return Yes()
-        if self.name not in guest.capabilities:
-            return No("it does not know the capability")
-        for other in ("xbzrle", "compress"):
-            if guest.capabilities.get(other):
-                return No(f"{other} has been switched on in it, which excludes this")
-        return Yes()
+        return known(guest, self.name) and none_on(guest, "xbzrle", "compress")
 
     def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         if not host.zero_copy_sockets:
