@@ -13,7 +13,7 @@ import os
 import socket
 
 from qmigd.channels.movers.common import BUFFER_SIZE, Count, End, said
-from qmigd.channels.movers.copying import BULK, ENOUGH, copy, gather
+from qmigd.channels.movers.copying import Gathering, copy
 
 __all__ = ["splice"]
 
@@ -37,21 +37,19 @@ def splice(source: socket.socket, sink: socket.socket, count: Count) -> End:
 
 def _through(out: int, into: int, source: socket.socket, sink: socket.socket, count: Count) -> End:
     reading, writing = source.fileno(), sink.fileno()
-    can_gather = source.family in (socket.AF_INET, socket.AF_INET6)
-    gathering = False
+    gathering = Gathering(source)
+    took = gathering.took
     while True:
         try:
             size = os.splice(reading, into, BUFFER_SIZE, flags=os.SPLICE_F_MOVE)
         except BlockingIOError:
-            # Only while gathering: nothing has come.
-            gathering = gather(source, False)
+            gathering.nothing_came()
             continue
         except OSError as error:
             return End("source", said(error))
         if not size:
             return End("eof")
-        if can_gather and gathering != (size >= (ENOUGH if gathering else BULK)):
-            gathering = gather(source, not gathering)
+        took(size)
         left = size
         while left:
             try:
