@@ -17,8 +17,7 @@ from ..handshake.destination import DestinationHandshake
 from ..handshake.events import Asked, ChannelOpened, Event, Failed, Selected
 from .control import Control
 from .destination import Incoming
-from .offer import offered
-from .security import kernel_does_tls
+from .offer import kernel_does_tls, offered
 from .services import Services
 
 __all__ = ["IncomingConnection", "IncomingFactory"]
@@ -35,7 +34,7 @@ class IncomingFactory(Factory):
         """:param tls_required: who comes in here has to go over to TLS."""
         self._services = services
         self._tls_required = tls_required
-        self._keep_keys = kernel_does_tls(services.features, services.host, services.policy)
+        self._keep_keys = kernel_does_tls(services)
 
     def buildProtocol(self, addr: IAddress | None) -> IncomingConnection:
         tls = self._services.security.called(keep_keys=self._keep_keys)

@@ -7,7 +7,10 @@ from ..negotiation.obstacles import Obstacle
 from ..negotiation.policy import Policy
 from .services import Services
 
-__all__ = ["not_offered", "offered"]
+__all__ = ["kernel_does_tls", "not_offered", "offered"]
+
+#: The ability of the feature by which the kernel does TLS.
+_KERNEL_TLS = "kernel-tls"
 
 
 def not_offered(
@@ -33,3 +36,17 @@ def offered(services: Services) -> list[str]:
     """Return the features that this host's greeting offers."""
     refused = not_offered(services)
     return [name for name in services.features if name not in refused]
+
+
+def kernel_does_tls(services: Services, policy: Policy | None = None) -> bool:
+    """Whether this side's kernel is to do the TLS of payload channels.
+
+    It is this side's own affair: the peer cannot tell the difference.
+
+    :param policy: where it is not that of the configuration.
+    """
+    refused = not_offered(services, policy)
+    return any(
+        _KERNEL_TLS in feature.abilities and name not in refused
+        for name, feature in services.features.items()
+    )

@@ -42,8 +42,7 @@ from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
 from .move import Move
-from .offer import not_offered
-from .security import kernel_does_tls
+from .offer import kernel_does_tls, not_offered
 from .services import Services
 from .settings import compare, settings_for, settings_from_wire
 from .status import Record
@@ -115,7 +114,7 @@ class Proposing(Move):
     def tls_side(self, *, payload: bool = False) -> TlsSide | None:
         """What is done where a connection to the peer goes over to TLS."""
         services = self.services
-        keep = payload and kernel_does_tls(services.features, services.host, self.policy)
+        keep = payload and kernel_does_tls(services, self.policy)
         return services.security.calling(self.hostname, keep_keys=keep)
 
     async def _call(self) -> list[str]:

@@ -8,7 +8,6 @@ send guests here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..channels.credentials import CredentialStore
@@ -16,14 +15,9 @@ from ..channels.identity import check_host
 from ..channels.secured import TlsSide
 from ..channels.tls import TlsSession
 from ..errors import FeatureError, LocalError
-from ..interfaces import Host, IFeature, No
 from ..negotiation.allow import Allow, PeerNames
-from ..negotiation.policy import Policy
 
-__all__ = ["Security", "kernel_does_tls"]
-
-#: The ability of the feature by which the kernel does TLS.
-_KERNEL_TLS = "kernel-tls"
+__all__ = ["Security"]
 
 
 @dataclass(frozen=True)
@@ -75,16 +69,3 @@ class Security:
                 )
         elif reason := self.allow.permits_guest(peer, guest):
             raise FeatureError(reason, code="peer")
-
-
-def kernel_does_tls(features: Mapping[str, IFeature], host: Host, policy: Policy) -> bool:
-    """Whether this side's kernel is to do the TLS of payload channels.
-
-    It is this side's own affair: the peer cannot tell the difference.
-    """
-    return any(
-        _KERNEL_TLS in feature.abilities
-        and name not in policy.exclude
-        and not isinstance(feature.probe_host(host), No)
-        for name, feature in features.items()
-    )
