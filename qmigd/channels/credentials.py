@@ -22,14 +22,13 @@ from typing import Any
 
 import OpenSSL
 from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL, crypto
 
 from qmigd.errors import ConfigError, TlsError
 
 from .identity import peer_names
-from .pem import public_key, read_certificates, read_private_key
+from .pem import fingerprint, public_key, read_certificates, read_private_key
 from .tls_reasons import alert_text, moment, refusal, subject
 
 __all__ = ["WARN_BEFORE", "CredentialStore", "Credentials", "peer_certificate"]
@@ -89,7 +88,7 @@ class Credentials:
         self = cls(
             names=names,
             expires=own.not_valid_after_utc,
-            fingerprint=own.fingerprint(SHA256()).hex(":").upper(),
+            fingerprint=fingerprint(own),
             chain=_verified(presented, trusted, certificate, authority),
             _path=certificate,
             _key=private,

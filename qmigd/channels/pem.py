@@ -8,6 +8,7 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from qmigd.errors import ConfigError
 
-__all__ = ["public_key", "read_certificates", "read_private_key"]
+__all__ = ["fingerprint", "public_key", "read_certificates", "read_private_key"]
 
 #: Of a mode: rights of the group and of others.
 _OTHERS = 0o077
@@ -61,6 +62,11 @@ def read_private_key(path: Path, what: str) -> Any:
 def public_key(owner: Any) -> bytes:
     """Return the public key of a private key or of a certificate: the same for a pair."""
     return bytes(owner.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """Return a certificate's SHA-256, as ``openssl x509 -fingerprint -sha256`` shows it."""
+    return certificate.fingerprint(SHA256()).hex(":").upper()
 
 
 def _read(path: Path, what: str, *, private: bool = False) -> bytes:

@@ -32,8 +32,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.hashes import SHA256
-
 from ..channels.authority import (
     Issued,
     checked_names,
@@ -41,6 +39,7 @@ from ..channels.authority import (
     new_authority,
     new_host,
 )
+from ..channels.pem import fingerprint
 from ..errors import ArgumentError, ConfigError
 from .commands import write
 from .options import Exit
@@ -162,7 +161,7 @@ def _host(
 def _about(made: Issued) -> dict[str, Any]:
     return {
         "expires": made.certificate.not_valid_after_utc.isoformat(),
-        "fingerprint": made.certificate.fingerprint(SHA256()).hex(":").upper(),
+        "fingerprint": fingerprint(made.certificate),
     }
 
 
