@@ -415,6 +415,27 @@ class RingTests(SynchronousTestCase):
             self.assertEqual(ring.free, ring.current not in [buffer for _, buffer in calls])
         self.assertEqual(ring.copied, 0)
 
+    def test_out_of_order(self) -> None:
+        """Later calls may complete before earlier ones, and a range may span complete ones."""
+        for first in (0, (1 << 32) - 3):
+            ring = Ring(4, first)
+            for _ in range(4):
+                ring.sent()
+                ring.sent()
+                ring.turn()
+            # Call n goes out of buffer n // 2; of 8 and 9 the ring does not know.
+            for low, high, outstanding, busy in (
+                (2, 3, 6, [0, 2, 3]),
+                (4, 5, 4, [0, 3]),
+                (7, 7, 3, [0, 3]),
+                (1, 6, 1, [0]),
+                (2, 3, 1, [0]),
+                (0, 9, 0, []),
+            ):
+                ring.completed((first + low) % (1 << 32), (first + high) % (1 << 32), False)
+                self.assertEqual(ring.outstanding, outstanding)
+                self.assertEqual(_busy(ring, 4), busy)
+
     def test_copied(self) -> None:
         """Completions of copied bytes count each call, until one was not copied."""
         ring = Ring(2)
@@ -428,3 +449,13 @@ class RingTests(SynchronousTestCase):
         self.assertEqual(ring.copied, 0)
         ring.completed(4, 9, True)
         self.assertEqual((ring.copied, ring.outstanding), (2, 0))
+
+
+def _busy(ring: Ring, buffers: int) -> list[int]:
+    """Return the buffers that are not free, having taken each its turn."""
+    found = []
+    for _ in range(buffers):
+        if not ring.free:
+            found.append(ring.current)
+        ring.turn()
+    return found

@@ -68,7 +68,7 @@ class Ring:
         :param copied: the kernel has copied their bytes.
         """
         span = (high - low) % _NUMBERS
-        left: deque[tuple[int, int]] = deque()
+        passed: list[tuple[int, int]] = []
         done = 0
         while self._calls:
             number, buffer = self._calls.popleft()
@@ -76,7 +76,10 @@ class Ring:
                 self._busy[buffer] -= 1
                 done += 1
             else:
-                left.append((number, buffer))
-        self._calls = left
+                passed.append((number, buffer))
+                if done:
+                    # It is behind the range, and so are all that follow.
+                    break
+        self._calls.extendleft(reversed(passed))
         if done:
             self.copied = self.copied + done if copied else 0
