@@ -45,6 +45,9 @@ OFFER = ("multifd", TLS)
 ROLE = RoleHeader(uuid.UUID(int=7), "main", 0)
 SECRET = bytes(range(32))
 
+#: The names of both hosts, for a certificate that either can show.
+_BOTH = ("source.example", "destination.example")
+
 
 class End:
     """One end of a connection: what it has been told, and what it has sent."""
@@ -313,30 +316,28 @@ class RefusedTests(SecuredCase):
         self.assertIn("does not speak TLS 1.3", destination.failure.text)
         self.assertIn("protocol version", error)
 
-    def past(self, files: Files) -> Any:
-        """Return credentials that could not be loaded: no honest daemon has them."""
-        good = (self.authority.host("source.example", "destination.example")).load()
-        return _presenting(good, files)
+    def out_of_time(self, files: Files, owner: str, other: str) -> None:
+        """Let either side try with a certificate that no honest daemon could load.
+
+        :param owner: words in the sentence at the side that has it.
+        :param other: the same at the other side.
+        """
+        credentials = _presenting(self.authority.host(*_BOTH).load(), files)
+        source, destination = self.ends()
+        source.secured._tls = _with(source, credentials)
+        self.refused(source, destination, owner, other)
+        source, destination = self.ends()
+        destination.secured._tls = _with(destination, credentials)
+        self.refused(source, destination, other, owner, by_source=True)
 
     def test_expired(self) -> None:
         """A certificate that has ended, on either side."""
-        old = self.past(self.authority.expired("source.example", "destination.example"))
-        source, destination = self.ends()
-        source.secured._tls = _with(source, old)
-        self.refused(source, destination, "it has expired", "expired on")
-        source, destination = self.ends()
-        destination.secured._tls = _with(destination, old)
-        self.refused(source, destination, "expired on", "it has expired", by_source=True)
+        self.out_of_time(self.authority.expired(*_BOTH), "it has expired", "expired on")
 
     def test_not_yet_valid(self) -> None:
         """A certificate that has not begun yet, on either side."""
-        new = self.past(self.authority.not_yet_valid("source.example", "destination.example"))
-        source, destination = self.ends()
-        source.secured._tls = _with(source, new)
-        self.refused(source, destination, "not yet valid", "is not valid before")
-        source, destination = self.ends()
-        destination.secured._tls = _with(destination, new)
-        self.refused(source, destination, "is not valid before", "not yet valid", by_source=True)
+        files = self.authority.not_yet_valid(*_BOTH)
+        self.out_of_time(files, "not yet valid", "is not valid before")
 
     def test_wrong_name(self) -> None:
         """A destination whose certificate is for another host than was called."""
