@@ -278,10 +278,12 @@ class Pair:
 
     # -- what has to be true ---------------------------------------------------------
 
-    def prove_moved(self, *, ended: bool = False) -> None:
+    def prove_moved(self, *passed: Guest, ended: bool = False, ticks: int = 20) -> None:
         """Check that the guest has gone over whole, and runs there alone.
 
+        :param passed: all QEMUs that it has run in before, if not only the source's.
         :param ended: the source's QEMU was ended after the move.
+        :param ticks: so many the guest counts while the source is watched.
         """
         if not ended:
             if (status := self.source.status()) != "postmigrate":
@@ -290,8 +292,8 @@ class Pair:
                 raise AssertionError(f"After the move the guest is {self.destination.status()}.")
             with self.destination.stopped():
                 same_ram(self.source, self.destination)
-        only_one_runs(self.destination, self.source)
-        counted_without_a_gap(self.source, self.destination)
+        only_one_runs(self.destination, self.source, ticks)
+        counted_without_a_gap(*(passed or [self.source]), self.destination)
         self.destination.check_ram()
         self.prove_settings()
 
