@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from ..interfaces import HOST, POLICY, No, Role
+from twisted.logger import Logger
+
+from ..interfaces import HOST, POLICY, Answer, Host, IFeature, No, Role
 from ..negotiation.obstacles import Obstacle
 from ..negotiation.policy import Policy
 from .services import Services
 
 __all__ = ["kernel_does_tls", "not_offered", "offered"]
+
+log = Logger()
 
 #: The ability of the feature by which the kernel does TLS.
 _KERNEL_TLS = "kernel-tls"
@@ -24,12 +28,21 @@ def not_offered(
     excluded = (policy or services.policy).exclude
     found: dict[str, Obstacle] = {}
     for name, feature in services.features.items():
-        answer = feature.probe_host(services.host)
+        answer = _probe(feature, services.host)
         if name in excluded:
             found[name] = Obstacle("it is excluded", POLICY, side)
         elif isinstance(answer, No):
             found[name] = Obstacle.of(answer, HOST, side)
     return found
+
+
+def _probe(feature: IFeature, host: Host) -> Answer:
+    try:
+        return feature.probe_host(host)
+    except Exception as error:
+        # A third party's code costs its own feature, and not the daemon.
+        log.failure("feature {name} is left out: its look at the host failed", name=feature.name)
+        return No(f"its look at the host failed: {error}")
 
 
 def offered(services: Services) -> list[str]:
