@@ -171,7 +171,7 @@ def install(sock: socket.socket, keys: TrafficKeys) -> None:
     The secrets in ``keys`` are overwritten, whatever happens.
 
     :param sock: a connected TCP socket, nothing of which is read or written meanwhile.
-    :raises PeerGone: the peer has closed the connection, or its half of it.
+    :raises PeerGone: the connection is closed, or one half of it, by whichever side.
     :raises LocalError: it cannot be done.  The socket is in between then, and of no use
         but to be closed.
     """
@@ -193,7 +193,7 @@ def install(sock: socket.socket, keys: TrafficKeys) -> None:
             if error.errno == errno.ENOTCONN:
                 # TLS is for a connection that is open both ways (tls_init in tls_main.c).
                 raise PeerGone(
-                    "The peer has closed the connection before its TLS session went to the kernel."
+                    "The connection was closed before its TLS session went to the kernel."
                 ) from None
             raise LocalError(
                 f"The kernel does not take over a TLS session: {_why(error, keys.cipher)}."
