@@ -96,6 +96,21 @@ class Move:
         self.saved = before | self.saved
         return now
 
+    def remember(self, settings: Settings, guest: GuestFacts) -> None:
+        """Put down what is set at present of all that is going to be set."""
+        self.saved = (
+            Settings(
+                {
+                    name: guest.capabilities[name]
+                    for name in settings.capabilities
+                    if name in guest.capabilities
+                },
+                {name: guest.parameters.get(name) for name in settings.parameters},
+                dict.fromkeys(settings.objects),
+            )
+            | self.saved
+        )
+
     async def set_up_plan(
         self,
         plan: Plan,
@@ -115,18 +130,7 @@ class Move:
         services = self.services
         wanted = settings_for(plan, services.features, guest, role, services.host, peer)
         every = wanted | Settings({}, tunables or {})
-        self.saved = (
-            Settings(
-                {
-                    name: guest.capabilities[name]
-                    for name in every.capabilities
-                    if name in guest.capabilities
-                },
-                {name: guest.parameters.get(name) for name in every.parameters},
-                dict.fromkeys(every.objects),
-            )
-            | self.saved
-        )
+        self.remember(every, guest)
         note()
         real = await self.set_up(every, guest)
         compare(wanted, real, role)

@@ -27,6 +27,7 @@ from ..interfaces import (
     HOST,
     PATHS,
     QEMU,
+    Examined,
     GuestFacts,
     No,
     Settings,
@@ -47,12 +48,12 @@ from .services import Services
 from .settings import compare, settings_for, settings_from_wire
 from .status import Record
 
-__all__ = ["Cancelled", "Proposing"]
+__all__ = ["Cancelled", "Proposing", "check_movable"]
 
 #: Run states in which a guest has nothing that could be moved.
 _NOT_MOVABLE = {
     "inmigrate": "it waits for a migration itself",
-    "postmigrate": "it was moved away already; what is here is the stopped rest",
+    "postmigrate": "it was moved away already, or saved; what is here is the stopped rest",
     "internal-error": "QEMU stopped it because of an internal error",
     "shutdown": "it has shut down",
 }
@@ -186,14 +187,7 @@ class Proposing(Move):
             if not succeeded:
                 raise failure.value
         facts: GuestFacts = examined.facts
-        if examined.status in _NOT_MOVABLE:
-            why = _NOT_MOVABLE[examined.status]
-            raise GuestError(f"guest {facts.name} cannot be moved: {why}")
-        if facts.blockers:
-            raise GuestError(
-                f"guest {facts.name} cannot be moved, says its QEMU: {'; '.join(facts.blockers)}",
-                code="guest-blocked",
-            )
+        check_movable(examined)
         self.was_running = examined.status == "running"
         assert self.control is not None
         if self.control.failure is not None:
@@ -297,6 +291,23 @@ class Proposing(Move):
             ),
             there,
             "destination",
+        )
+
+
+def check_movable(examined: Examined, what: str = "moved") -> None:
+    """See that there is a guest that QEMU can give away.
+
+    :param what: is to be done with it, for the text of an error.
+    :raises GuestError: there is not.
+    """
+    facts = examined.facts
+    if examined.status in _NOT_MOVABLE:
+        why = _NOT_MOVABLE[examined.status]
+        raise GuestError(f"guest {facts.name} cannot be {what}: {why}")
+    if facts.blockers:
+        raise GuestError(
+            f"guest {facts.name} cannot be {what}, says its QEMU: {'; '.join(facts.blockers)}",
+            code="guest-blocked",
         )
 
 

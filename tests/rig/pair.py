@@ -197,7 +197,7 @@ class Pair:
         **arguments: Any,
     ) -> str:
         """Ask the source's daemon for the migration, and return its id."""
-        self._heard = {daemon: len(daemon.monitor.events) for daemon in (self.here, self.there)}
+        self.listen(self.here, self.there)
         done = self.here.execute(
             "migrate",
             guest=guest,
@@ -207,6 +207,10 @@ class Pair:
         )
         self.id = done["id"]
         return self.id
+
+    def listen(self, *daemons: Daemon) -> None:
+        """From now on wait for what these daemons say from now on."""
+        self._heard = {daemon: len(daemon.monitor.events) for daemon in daemons}
 
     def set(self, guest: str = NAME, **tunables: Any) -> None:
         """Change tunables of the migration under way."""
