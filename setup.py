@@ -52,6 +52,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "automat >= 24.8",
+        "backports.zstd >= 1.0; python_version < '3.14'",
         "cryptography >= 47",
         "pyopenssl >= 24.1",
         "rich >= 13",

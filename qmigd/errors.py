@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "DeadlineError",
     "FeatureError",
+    "FileError",
     "GuestBusy",
     "GuestError",
     "GuestGone",
@@ -99,6 +100,12 @@ class CommandNotFound(LocalError):
     """There is no such management command."""
 
     code = "command-not-found"
+
+
+class FileError(LocalError):
+    """The file of a saved guest cannot be written or read, or is not a good one."""
+
+    code = "file"
 
 
 class GuestError(LocalError):

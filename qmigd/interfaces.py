@@ -41,10 +41,12 @@ __all__ = [
     "CONFLICT",
     "COPY",
     "DIRECT",
+    "FORMATS",
     "GUEST",
     "HANDOVER",
     "HOST",
     "KERNEL",
+    "MAPPED_RAM",
     "MOVERS",
     "PATH",
     "PATHS",
@@ -52,6 +54,8 @@ __all__ = [
     "POLICY",
     "QEMU",
     "RELAY",
+    "STREAM",
+    "ZSTD",
     "Answer",
     "Channels",
     "Examined",
@@ -97,6 +101,13 @@ PLACES = (HOST, KERNEL, QEMU, GUEST, POLICY, CONFLICT, PATH)
 #: The ways in which a relay can move bytes from socket to socket (docs/paths).
 COPY = "copy"
 MOVERS = (COPY, "splice", "zerocopy")
+
+#: What a saved guest's RAM is in a file (docs/saved-guests): each page at a place of its own,
+#: QEMU's stream, or that stream compressed.
+MAPPED_RAM = "mapped-ram"
+STREAM = "stream"
+ZSTD = "zstd"
+FORMATS = (MAPPED_RAM, STREAM, ZSTD)
 
 
 @dataclass(frozen=True)
@@ -396,6 +407,10 @@ class IFeature(Interface):
         ``"postcopy"``, and ``"kernel-tls"``, where the host's kernel can take over the TLS
         of a connection.""",
     )
+    formats = Attribute(
+        """The formats of a saved guest's file that it goes with, ``frozenset[str]`` out of
+        ``FORMATS``.  It then proposes and answers on the same side.""",
+    )
     tunables = Attribute(
         """Parameters that both sides must set alike, ``frozenset[str]``: a user's
         value for one goes to ``propose`` and not straight to QEMU.""",
@@ -476,6 +491,7 @@ class Feature:
     avoids: frozenset[str] = frozenset()
     rank: Rank = Rank.SPEED
     abilities: frozenset[str] = frozenset()
+    formats: frozenset[str] = frozenset()
     tunables: frozenset[str] = frozenset()
 
     def probe_host(self, host: Host) -> Answer:
@@ -568,6 +584,15 @@ class Guest(Protocol):
 
     async def migrate(self, channel: str | socket.socket) -> None:
         """Start the outgoing migration to a URI, or into a connected socket."""
+
+    async def lend(self, *descriptors: int) -> str:
+        """Give it copies of descriptors of one file; returns the name by which it opens them.
+
+        A name is good until :meth:`unlend`, as often as QEMU likes.
+        """
+
+    async def unlend(self, name: str) -> None:
+        """Take them away again; what QEMU has opened stays open."""
 
     async def query_status(self) -> str:
         """Return the run state in QEMU's words: running, paused, inmigrate ..."""

@@ -1,16 +1,18 @@
-"""Waiting for Deferreds: for several at once, and not for ever."""
+"""Waiting: for several Deferreds at once, not for ever, and for what blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, FirstError, gatherResults
 from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
 
 from .errors import DeadlineError
 
-__all__ = ["together", "with_deadline"]
+__all__ = ["in_thread", "together", "with_deadline"]
 
 T = TypeVar("T")
 
@@ -50,3 +52,28 @@ async def with_deadline(clock: IReactorTime, waiting: Deferred[T], seconds: floa
     finally:
         if call.active():
             call.cancel()
+
+
+def in_thread(reactor: Any, name: str, work: Callable[[], T]) -> Deferred[T]:
+    """Have something that blocks done in a thread of its own; fires with what it returned.
+
+    The thread does not keep the process from ending.
+
+    :raises RuntimeError: the system has no thread left.
+    """
+    done: Deferred[T] = Deferred(lambda _: None)
+
+    def settle(result: T | Failure) -> None:
+        if not done.called:
+            done.callback(result)
+
+    def run() -> None:
+        result: T | Failure
+        try:
+            result = work()
+        except BaseException:
+            result = Failure()
+        reactor.callFromThread(settle, result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done

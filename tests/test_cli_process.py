@@ -101,6 +101,8 @@ class ListTests(QmigctlTestCase):
                 "query-tunables": [],
                 "query-migrate": [],
                 "migrate": {"id": MIGRATION},
+                "save": {"id": MIGRATION},
+                "restore": {"id": MIGRATION},
             }
         )
         for words, command, arguments in (
@@ -124,6 +126,18 @@ class ListTests(QmigctlTestCase):
                 {"guest": "g", "uri": "tcp:h", "tunables": {"a": "1", "b": ""},
                  "prefer": ["p", "q"], "require": ["r"], "exclude": ["e"]},
             ),
+            ("save g /f --detach", "save", {"guest": "g", "file": "/f"}),
+            (
+                "save g /d/../f --detach --format zstd --live --continue --replace --no-checksum "
+                "--tunable a=1",
+                "save",
+                {"guest": "g", "file": "/f", "format": "zstd", "live": True, "after": "continue",
+                 "replace": True, "checksum": False, "tunables": {"a": "1"}},
+            ),
+            ("save g f --after quit --detach", "save",
+             {"guest": "g", "file": os.path.abspath("f"), "after": "quit"}),
+            ("restore g /f --detach --no-verify --tunable a=1", "restore",
+             {"guest": "g", "file": "/f", "verify": False, "tunables": {"a": "1"}}),
         ):  # fmt: skip
             code, out, err = await self.run_(*words.split())
             self.assertEqual((0, "", True), (code, err, out.endswith("\n")), words)
@@ -131,7 +145,7 @@ class ListTests(QmigctlTestCase):
         self.assertEqual(
             set(SUBCOMMANDS) - {"guests"},
             {"features", "tunables", "status", "postcopy", "cancel", "set", "guest-add",
-             "guest-remove", "migrate"},
+             "guest-remove", "migrate", "restore", "save"},
         )  # fmt: skip
 
 

@@ -179,6 +179,29 @@ class TableTests(SynchronousTestCase):
         del bare["plan"], bare["ram"]
         self.assertEqual("web1 came from tcp:host-b:16516.", render.summary(bare))
 
+    def test_file(self) -> None:
+        """Of a save and of a restore: the file, what is in it, and what the guest does now."""
+        file = {
+            "path": "/saved/web1",
+            "format": "mapped-ram",
+            "features": ["mapped-ram", "multifd"],
+            "size": 4 << 30,
+            "on-disk": 1 << 30,
+        }
+        done = entry("completed", **TIMES, file=file, step="saved; kept here paused")
+        del done["plan"]
+        done["ended"] = done["started"] + 2.5
+        self.assertEqual(
+            "web1 was saved to /saved/web1 in 2.5 s.\n"
+            "  guest     saved; kept here paused\n"
+            "  format    mapped-ram, multifd\n"
+            "  size      4.0 GiB, 1.0 GiB on the disk",
+            render.summary(done),
+        )
+        done |= {"role": "destination", "step": "restored; it runs here"}
+        self.assertIn("web1 was restored from /saved/web1 in 2.5 s.\n", render.summary(done))
+        self.assertNotIn("stood still", render.migrations([done]))
+
 
 class DisplayTests(SynchronousTestCase):
     def test_lines(self) -> None:

@@ -7,11 +7,13 @@ from types import MappingProxyType
 
 from ..errors import CommandNotFound
 from .check import nearest
-from .declare import DICT, INT, STR, Command, Event, ListOf, Member
+from .declare import BOOL, DICT, INT, STR, Command, Event, ListOf, Member
 from .shapes import (
+    AFTER,
     COMMAND_INFO,
     ERROR,
     FEATURES,
+    FORMAT,
     GUEST,
     MIGRATE,
     MIGRATION,
@@ -168,6 +170,91 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                         "argument",
                         "A value is wrong, a name is unknown, or a tunable is a feature.",
                     ),
+                ),
+            ),
+            Command(
+                "save",
+                "Save a guest into a file on this host.\n\n"
+                "The guest stops, its RAM and the state of its devices are written, and it stays "
+                "here as it is, stopped, unless `after` says otherwise. Its disks are not in the "
+                "file: whoever lets the guest go on and wants to restore the file later has to "
+                "copy the disks, too, while it stands still.\n\n"
+                "Once accepted, it runs on its own, as a migration does: `query-migrate` and the "
+                "`MIGRATION` event show how it goes on, and `migrate-cancel` ends it. The file "
+                "gets its name when all of it is on the disk; whatever fails before, the guest "
+                "goes on running and there is no file.",
+                (
+                    _NAMED,
+                    Member("file", STR, "where to, an absolute path on the host of this daemon."),
+                    Member(
+                        "format",
+                        FORMAT,
+                        "what the file is to have. Without it `mapped-ram` where the guest's QEMU "
+                        "has it, 9.1 or newer, else `stream`.",
+                        optional=True,
+                    ),
+                    Member(
+                        "live",
+                        BOOL,
+                        "let the guest run while its RAM is saved, and stop it for the rest only; "
+                        "what it writes meanwhile is saved again.",
+                        optional=True,
+                    ),
+                    Member(
+                        "after",
+                        AFTER,
+                        "what becomes of the guest: `keep` it stopped, let it `continue`, or "
+                        "`quit` its QEMU. Without it what `source-after` in the configuration "
+                        "says.",
+                        optional=True,
+                    ),
+                    Member("replace", BOOL, "a file of that name may be replaced.", optional=True),
+                    Member(
+                        "checksum",
+                        BOOL,
+                        "give what QEMU saves a checksum, which a restore verifies; it is on, "
+                        "and costs one reading of the file.",
+                        optional=True,
+                    ),
+                    Member("tunables", DICT, _TUNABLES, optional=True),
+                ),
+                MIGRATE,
+                (
+                    _NO_GUEST,
+                    _BUSY,
+                    _GONE,
+                    ("argument", "A value is wrong, or a tunable does not go with the format."),
+                    ("feature", "The guest's QEMU does not have the format."),
+                    ("file", "The file cannot be made; the text says why."),
+                    ("guest", "There is nothing that could be saved, or QEMU does not allow it."),
+                ),
+            ),
+            Command(
+                "restore",
+                "Restore a guest from a file on this host.\n\n"
+                "It goes into a QEMU that waits with `-incoming defer`, or that the daemon starts "
+                "itself. That this guest is the one that was saved is seen before any RAM is read. "
+                "It runs afterwards if it ran when it was saved, and is paused if it was. The file "
+                "stays.\n\n"
+                "Once accepted, it runs on its own: `query-migrate` and the `MIGRATION` event show "
+                "how it goes on, and `migrate-cancel` ends it.",
+                (
+                    _NAMED,
+                    Member("file", STR, "where from, an absolute path on the host of this daemon."),
+                    Member(
+                        "verify",
+                        BOOL,
+                        "compare what QEMU saved with its checksum first; it is on, and costs one "
+                        "reading of the file.",
+                        optional=True,
+                    ),
+                    Member("tunables", DICT, _TUNABLES, optional=True),
+                ),
+                MIGRATE,
+                (
+                    _NO_GUEST,
+                    _BUSY,
+                    ("file", "The file cannot be read, or is no good one; the text says why."),
                 ),
             ),
             Command(

@@ -6,7 +6,7 @@ Sizes are in bytes, times in milliseconds, and points in time in seconds since
 
 from __future__ import annotations
 
-from ..interfaces import PATHS, PLACES
+from ..interfaces import FORMATS, PATHS, PLACES
 from .declare import (
     ANY,
     BOOL,
@@ -21,11 +21,14 @@ from .declare import (
 )
 
 __all__ = [
+    "AFTER",
     "CHANNEL",
     "COMMAND_INFO",
     "ERROR",
     "FEATURE",
     "FEATURES",
+    "FILE",
+    "FORMAT",
     "GUEST",
     "LEFT_OUT",
     "MIGRATE",
@@ -44,6 +47,8 @@ __all__ = [
 ROLE = Enum("Role", ("source", "destination"))
 PATH = Enum("Path", PATHS)
 PLACE = Enum("Place", PLACES)
+FORMAT = Enum("FileFormat", FORMATS)
+AFTER = Enum("AfterSave", ("keep", "continue", "quit"))
 
 _WHERE = (
     Member("where", PLACE, "Where that is.", optional=True),
@@ -228,14 +233,32 @@ RAM = Struct(
     open=True,
 )
 
+FILE = Struct(
+    "FileInfo",
+    "The file of a saved guest.",
+    (
+        Member("path", STR, "Where it is, or will be once it is complete."),
+        Member(
+            "format",
+            FORMAT,
+            "`mapped-ram`: each page of RAM has its place in it. `stream`: what a migration would "
+            "send. `zstd`: the same, compressed.",
+        ),
+        Member("features", ListOf(STR), "What QEMU uses to write or read it."),
+        Member("size", INT, "Its bytes."),
+        Member("on-disk", INT, "What it takes on the disk, which is less where it has holes."),
+    ),
+)
+
 MIGRATION = Struct(
     "MigrationInfo",
-    "A migration, running or over.",
+    "A migration, running or over; a save and a restore are such, too.",
     (
         Member("id", STR, "Its id, a UUID; the same on both sides."),
         Member("guest", STR, "The guest, by its name on this side."),
         Member("role", ROLE, "Which side this daemon is."),
-        Member("peer", STR, "The other daemon."),
+        Member("peer", STR, "The other daemon, or `file:` and a path."),
+        Member("file", FILE, "Of a save or a restore.", optional=True),
         Member(
             "peer-names",
             ListOf(STR),

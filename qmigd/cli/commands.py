@@ -95,6 +95,46 @@ async def _migrate(session: Session) -> Exit:
     return await _follow(session, answer["id"], "source", options.guest)
 
 
+async def _save(session: Session) -> Exit:
+    options = session.options
+    answer = await session.ask(
+        "save",
+        guest=options.guest,
+        file=options.file,
+        format=options.format,
+        live=options.live or None,
+        after=options.after,
+        replace=options.replace or None,
+        checksum=False if options.no_checksum else None,
+        tunables=_tunables(options.tunable) or None,
+    )
+    return await _file_work(session, answer, "source", "save")
+
+
+async def _restore(session: Session) -> Exit:
+    options = session.options
+    answer = await session.ask(
+        "restore",
+        guest=options.guest,
+        file=options.file,
+        verify=False if options.no_verify else None,
+        tunables=_tunables(options.tunable) or None,
+    )
+    return await _file_work(session, answer, "destination", "restore")
+
+
+async def _file_work(session: Session, answer: Mapping[str, Any], role: str, what: str) -> Exit:
+    """Follow a save or a restore, if that is wanted."""
+    guest = session.options.guest
+    if session.options.detach:
+        session.print(
+            answer,
+            f"The {what} of {guest} has begun; follow it with 'qmigctl status --watch {guest}'.",
+        )
+        return Exit.OK
+    return await _follow(session, answer["id"], role, guest)
+
+
 async def _follow(session: Session, migration: str, role: str, guest: str) -> Exit:
     """Show a migration until it has ended; returns the exit code."""
     try:
@@ -124,12 +164,15 @@ def _finish(session: Session, entry: Mapping[str, Any]) -> Exit:
         session.print(entry, render.summary(entry, session.width))
         return Exit.OK
     passed = entry.get("owner") == "destination"
+    what = "migration"
+    if "file" in entry:
+        what = "save" if entry["role"] == "source" else "restore"
     reason = entry.get("error", {}).get("desc", "")
     if status == "cancelled":
-        code, text = Exit.CANCELLED, f"The migration of {guest} was cancelled."
+        code, text = Exit.CANCELLED, f"The {what} of {guest} was cancelled."
     else:
         code = Exit.PASSED_ON if passed else Exit.FAILED
-        text = f"The migration of {guest} failed: {reason or entry['step']}"
+        text = f"The {what} of {guest} failed: {reason or entry['step']}"
     if session.options.json:
         session.print(entry, "")
     else:
@@ -214,6 +257,8 @@ async def _guest_remove(session: Session) -> Exit:
 #: The subcommands by their names.
 RUN: Mapping[str, Callable[[Session], Awaitable[Exit]]] = {
     "migrate": _migrate,
+    "save": _save,
+    "restore": _restore,
     "status": _status,
     "postcopy": _postcopy,
     "cancel": _cancel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..api import COMMANDS, SOCKET_VARIABLE, nearest
+from ..interfaces import FORMATS
 
 __all__ = ["EXIT_CODES", "LOCAL", "SUBCOMMANDS", "Exit", "UsageError", "make_parser"]
 
@@ -31,7 +33,7 @@ class Exit(IntEnum):
 #: What each exit code means, for the help and for the documentation.
 EXIT_CODES: Mapping[Exit, str] = {
     Exit.OK: "done",
-    Exit.FAILED: "the migration failed; the guest is where it was, on the source",
+    Exit.FAILED: "it failed; the guest is where it was: on the source, or in its file",
     Exit.REFUSED: "wrong usage, or the daemon refused the command; nothing has changed",
     Exit.UNREACHABLE: "the daemon cannot be reached, or does not answer",
     Exit.CANCELLED: "the migration was cancelled; the guest is on the source",
@@ -123,6 +125,50 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _file(parser: argparse.ArgumentParser, command: str) -> None:
+    _guest(parser, command)
+    parser.add_argument(
+        "file", metavar="FILE", type=os.path.abspath, help="the file, on the daemon's host"
+    )
+    parser.add_argument(
+        "--tunable",
+        metavar="NAME=VALUE",
+        action="append",
+        type=_assignment,
+        default=[],
+        help="set a tunable (see 'qmigctl tunables'); can be repeated",
+    )
+    parser.add_argument("--detach", action="store_true", help="return once it was accepted")
+
+
+def _save(parser: argparse.ArgumentParser) -> None:
+    _file(parser, "save")
+    parser.add_argument(
+        "--format", metavar="FORMAT", help=f"{_help('save', 'format')} ({', '.join(FORMATS)})"
+    )
+    parser.add_argument("--live", action="store_true", help=_help("save", "live"))
+    parser.add_argument("--after", metavar="WHAT", help=_help("save", "after"))
+    parser.add_argument(
+        "--continue",
+        dest="after",
+        action="store_const",
+        const="continue",
+        help="the same as --after continue: the guest goes on, and its disks move away from what "
+        "is in the file",
+    )
+    parser.add_argument("--replace", action="store_true", help=_help("save", "replace"))
+    parser.add_argument(
+        "--no-checksum", action="store_true", help="make no checksum of what QEMU saves"
+    )
+
+
+def _restore(parser: argparse.ArgumentParser) -> None:
+    _file(parser, "restore")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the file with its checksum"
+    )
+
+
 def _features(parser: argparse.ArgumentParser) -> None:
     _guest(parser, "query-features", nargs="?")
     parser.add_argument("uri", metavar="URI", nargs="?", help=_help("query-features", "uri"))
@@ -178,11 +224,17 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 _MORE: Mapping[str, str] = {
     "migrate": "\n\nqmigctl follows it to its end, unless --detach is given. Ctrl-C ends the "
     "following and not the migration.",
+    "save": "\n\nqmigctl follows it to its end, unless --detach is given. Ctrl-C ends the "
+    "following and not the save.",
+    "restore": "\n\nqmigctl follows it to its end, unless --detach is given. Ctrl-C ends the "
+    "following and not the restore.",
 }
 
 #: Each subcommand: the management command that it gives, and what adds its arguments.
 SUBCOMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "migrate": ("migrate", _migrate),
+    "save": ("save", _save),
+    "restore": ("restore", _restore),
     "status": ("query-migrate", _status),
     "postcopy": ("migrate-start-postcopy", _postcopy),
     "cancel": ("migrate-cancel", _cancel),

@@ -193,6 +193,9 @@ def migrations(answer: Sequence[_Json], width: int | None = None) -> str:
 
 def _times(entry: _Json) -> str:
     said = []
+    if "file" in entry:
+        # QEMU's times end before the file is on the disk, and begin after it was verified.
+        return f"in {duration(1000 * (entry['ended'] - entry['started']))}"
     if "total-time" in entry:
         said.append(f"in {duration(entry['total-time'])}")
     if "downtime" in entry:
@@ -206,6 +209,10 @@ def summary(entry: _Json, width: int | None = None) -> str:
     guest, peer = clean(entry["guest"]), clean(entry["peer"])
     moved = f"moved to {peer}" if entry["role"] == "source" else f"came from {peer}"
     times = _times(entry)
+    file = entry.get("file")
+    if file:
+        how = "saved to" if entry["role"] == "source" else "restored from"
+        moved = f"was {how} {clean(file['path'])}"
     lines = [f"{guest} {moved}{' ' + times if times else ''}."]
     ram = entry.get("ram", {})
     plan = entry.get("plan")
@@ -216,7 +223,11 @@ def summary(entry: _Json, width: int | None = None) -> str:
         said.append(("path", f"{plan['path']}: {plan['path-reason']}".rstrip(": ")))
         said.append(("features", ", ".join(plan["features"]) or "none"))
         said.append(("channels", _channels(plan["channels"])))
-    if "transferred" in ram:
+    if file:
+        said.append(("guest", entry["step"]))
+        said.append(("format", ", ".join(dict.fromkeys((file["format"], *file["features"])))))
+        said.append(("size", f"{size(file['size'])}, {size(file['on-disk'])} on the disk"))
+    elif "transferred" in ram:
         passes = ram.get("dirty-sync-count")
         more = f", {passes} {'pass' if passes == 1 else 'passes'}" if passes else ""
         said.append(("sent", size(ram["transferred"]) + more))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -18,6 +19,8 @@ from ..api import COMMANDS, nearest, schema
 from ..errors import ArgumentError, GuestNotFound, MigrationError
 from ..interfaces import PATHS, QEMU, Guest, GuestFacts, No, Role, Tunable
 from ..migration.offer import not_offered
+from ..migration.restoring import RestoreOptions, Restoring
+from ..migration.saving import SaveOptions, Saving
 from ..migration.services import Services
 from ..migration.source import Outgoing, new_id
 from ..negotiation.obstacles import Obstacle
@@ -36,7 +39,7 @@ class Commands:
     def __init__(self, services: Services, guests: GuestRegistry) -> None:
         self._services = services
         self._guests = guests
-        self._outgoing: dict[str, Outgoing] = {}
+        self._outgoing: dict[str, Outgoing | Saving | Restoring] = {}
 
     # about the daemon
 
@@ -178,6 +181,49 @@ class Commands:
         Deferred.fromCoroutine(outgoing.begin()).addBoth(lambda _: self._outgoing.pop(guest, None))
         return {"id": record.id}
 
+    async def save(
+        self,
+        guest: str,
+        file: str,
+        format: str | None = None,
+        live: bool = False,
+        after: str | None = None,
+        replace: bool = False,
+        checksum: bool = True,
+        tunables: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        services = self._services
+        path = _absolute(file)
+        self._check_tunables(tunables or {})
+        options = SaveOptions(
+            format, live, after or services.source_after, replace, checksum, tunables or {}
+        )
+        record = services.records.new(new_id(), guest, "source", f"file:{path}")
+        saving = Saving(services, record, path, options)
+        await saving.prepare(self._guests.take(guest, record.id))
+        return self._begin(guest, saving)
+
+    async def restore(
+        self,
+        guest: str,
+        file: str,
+        verify: bool = True,
+        tunables: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        services = self._services
+        path = _absolute(file)
+        self._check_tunables(tunables or {})
+        self._guests.check_free(guest)
+        record = services.records.new(new_id(), guest, "destination", f"file:{path}")
+        options = RestoreOptions(verify, tunables or {})
+        return self._begin(guest, Restoring(services, record, path, options))
+
+    def _begin(self, guest: str, filing: Saving | Restoring) -> dict[str, Any]:
+        self._services.records.add(filing.record)
+        self._outgoing[guest] = filing
+        Deferred.fromCoroutine(filing.begin()).addBoth(lambda _: self._outgoing.pop(guest, None))
+        return {"id": filing.record.id}
+
     async def query_migrate(
         self, guest: str | None = None, id: str | None = None
     ) -> list[dict[str, Any]]:
@@ -206,7 +252,7 @@ class Commands:
 
     # inside
 
-    def _running(self, guest: str) -> Outgoing:
+    def _running(self, guest: str) -> Outgoing | Saving | Restoring:
         if guest in self._outgoing:
             return self._outgoing[guest]
         if guest not in self._guests:
@@ -226,13 +272,24 @@ class Commands:
 
         :raises ArgumentError: a name is a feature or unknown, or a value does not fit.
         """
+        self._check_tunables(tunables)
+        return await guest.checked(tunables) if tunables else {}
+
+    def _check_tunables(self, tunables: Mapping[str, Any]) -> None:
+        """:raises ArgumentError: a name is a feature."""
         for name in tunables:
             if name in self._services.features:
                 raise ArgumentError(
                     f"'{name}' is a feature and no tunable: it is negotiated, and on wherever "
                     f"both sides can; 'prefer', 'require' and 'exclude' have a say in that"
                 )
-        return await guest.checked(tunables) if tunables else {}
+
+
+def _absolute(file: str) -> Path:
+    """:raises ArgumentError: it is no path that means the same to everybody."""
+    if not file.startswith("/") or "\0" in file:
+        raise ArgumentError(f"'file' has to be an absolute path, which '{file}' is not")
+    return Path(file)
 
 
 def _feature(name: str, summary: str, obstacle: Obstacle | None) -> dict[str, Any]:

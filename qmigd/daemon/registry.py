@@ -167,6 +167,14 @@ class GuestRegistry:
         """
         return self._reserve(self._entry(name), migration)
 
+    def check_free(self, name: str) -> None:
+        """See that a guest can be reserved.
+
+        :raises GuestNotFound: there is none of that name.
+        :raises GuestBusy: it is in a migration.
+        """
+        self._check_free(self._entry(name))
+
     def retake(self, name: str, qmp: str, migration: str) -> Guest:
         """Reserve a guest that an earlier life of the daemon had, registered or not."""
         if name not in self._entries:
@@ -273,9 +281,12 @@ class GuestRegistry:
     def _guest(self, entry: _Entry) -> QemuGuest:
         return QemuGuest(self._reactor, entry.config.name, entry.qmp, deadline=self._deadline)
 
-    def _reserve(self, entry: _Entry, migration: str) -> Guest:
+    def _check_free(self, entry: _Entry) -> None:
         if entry.migration is not None:
             raise GuestBusy(f"guest '{entry.config.name}' is in migration {entry.migration}")
+
+    def _reserve(self, entry: _Entry, migration: str) -> Guest:
+        self._check_free(entry)
         entry.migration = migration
         entry.guest = self._guest(entry)
         return entry.guest

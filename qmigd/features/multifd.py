@@ -7,6 +7,7 @@ from typing import Any
 
 from ..interfaces import (
     DIRECT,
+    MAPPED_RAM,
     RELAY,
     Answer,
     Channels,
@@ -47,6 +48,7 @@ class Multifd(Feature):
     name = "multifd"
     summary = "RAM over several channels at once"
     paths = frozenset({DIRECT, RELAY})
+    formats = frozenset({MAPPED_RAM})
     tunables = frozenset({COUNT, COMPRESSION})
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:

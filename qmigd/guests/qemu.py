@@ -36,6 +36,9 @@ LOADED_POLL = 0.003
 #: process (QEMU 9.1 and newer), so that it can tell why it failed.
 _STAY = "exit-on-error"
 
+#: Where QEMU finds its sets of descriptors (monitor_fdset_dup_fd_add in monitor/fds.c).
+_FD_SETS = "/dev/fdset/"
+
 #: Builds of QEMU, and arguments that they were found not to know.
 _UNKNOWN: set[tuple[str, str]] = set()
 
@@ -377,6 +380,21 @@ class QemuGuest:
                 raise
             _UNKNOWN.update(refused)
             await self._try(command, uri, known)
+
+    async def lend(self, *descriptors: int) -> str:
+        """Put descriptors of one file into a set of QEMU's; returns the name for ``file:``.
+
+        Each of them has to be opened in another way: QEMU takes the one that fits.
+        """
+        client = self.client
+        first, *others = descriptors
+        number = (await client.execute_with_fd(first, "add-fd"))["fdset-id"]
+        for other in others:
+            await client.execute_with_fd(other, "add-fd", **{"fdset-id": number})
+        return f"{_FD_SETS}{number}"
+
+    async def unlend(self, name: str) -> None:
+        await self.client.execute("remove-fd", **{"fdset-id": int(name.removeprefix(_FD_SETS))})
 
     async def query_status(self) -> str:
         status: str = (await self.client.execute("query-status"))["status"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
+from ..channels.saved_files import discard
 from ..errors import GuestGone, QmigdError
 from ..interfaces import Settings
 from ..transports.uri import parse_uri
@@ -65,6 +66,9 @@ async def recover(services: Services, migration: str, role: str, entry: Mapping[
 
 async def _source(move: Move, entry: Mapping[str, Any]) -> str:
     assert move.guest is not None
+    # Nobody finishes a file any more.  If QEMU still writes, then to one that has no name.
+    if "file" in entry and not discard(entry["file"]):
+        return "it was saved"
     if entry["stage"] == "released" and not await _never_ran(move, entry):
         return "the guest is the destination's"
     if await move.look() not in {*OVER, "none"}:
@@ -107,6 +111,10 @@ async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
     assert move.guest is not None
     if entry["stage"] == "prepared":
         return "nothing had been moved; its QEMU still waits"
+    if "file" in entry:
+        move.saved = Settings()
+        await move.guest.quit()
+        return "it was being restored, and has not run; its file is as it was"
     if entry["stage"] == "receiving":
         if entry.get("baseline"):
             # QEMU has the connection, and lets the guest run by itself.

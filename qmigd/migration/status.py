@@ -47,6 +47,7 @@ class Record:
     :ivar negotiation_time: seconds from the command to QEMU's own start.
     :ivar handover_time: seconds in which the guest stood still for the daemons' sake,
         beyond QEMU's own downtime.
+    :ivar file: what there is to know of the file, where it is a save or a restore.
     :ivar listed: it is one of the migrations that the daemon shows and tells of.
     """
 
@@ -68,6 +69,7 @@ class Record:
     ended: float | None = None
     negotiation_time: float | None = None
     handover_time: float | None = None
+    file: Mapping[str, Any] | None = None
     listed: bool = False
     _passes: int = 0
 
@@ -136,6 +138,8 @@ class Record:
             "started": self.started,
             **self.progress,
         }
+        if self.file is not None:
+            entry["file"] = dict(self.file)
         if self.peer_names:
             entry["peer-names"] = list(self.peer_names)
         if self.plan is not None:

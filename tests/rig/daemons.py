@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tests.rig.netns import Namespace
@@ -93,6 +93,7 @@ class Daemon:
         tls: Mapping[str, Any] | None = None,
         namespace: Namespace | None = None,
         python: str = sys.executable,
+        prefix: Sequence[str] = (),
         **daemon: Any,
     ) -> None:
         """Prepare a daemon; :meth:`start` starts it.
@@ -101,6 +102,7 @@ class Daemon:
         :param policy: the table ``[policy]``.
         :param tls: the table ``[tls]`` (see :meth:`tests.rig.certificates.Files.table`).
         :param namespace: where its network is, if not here; it listens on the address there.
+        :param prefix: what its command line begins with, to run it somewhere special.
         :param python: the interpreter of the environment that has qmigd.
         :param daemon: the table ``[daemon]``; ``_`` in a name stands for ``-``.
         """
@@ -128,8 +130,8 @@ class Daemon:
         if guests:
             self.config["guest"] = {name: dict(guest) for name, guest in guests.items()}
         self.uri = table["listen"][0]
-        prefix = namespace.prefix if namespace else ()
-        self._argv = [*prefix, os.path.join(os.path.dirname(python), "twistd")]
+        around = namespace.prefix if namespace else ()
+        self._argv = [*around, *prefix, os.path.join(os.path.dirname(python), "twistd")]
         self._process: Process | None = None
         self._monitor: QmpClient | None = None
 

@@ -1,0 +1,290 @@
+"""What a guest's QEMU is told where its stream goes to a file, or comes from one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from ..channels.saved_files import NewFile, SavedFile
+from ..errors import ArgumentError, FeatureError, MigrationError, QmigdError
+from ..interfaces import (
+    MAPPED_RAM,
+    STREAM,
+    ZSTD,
+    GuestFacts,
+    No,
+    Role,
+    Settings,
+    Withdraw,
+)
+from ..waiting import in_thread
+from .move import Move
+from .proposing import Cancelled
+from .services import Services
+from .status import Record
+
+__all__ = ["DIRECT_IO", "Filing", "Way", "way"]
+
+T = TypeVar("T")
+
+log = Logger()
+
+#: Capabilities that are for two QEMUs that talk to each other, or for a guest that is
+#: sent piece by piece.  With some of them QEMU refuses a file (migrate_caps_check in
+#: migration/options.c), with others it waits for what a file never says.
+_OFF: Final = (
+    "background-snapshot",
+    "block",
+    "compress",
+    "pause-before-switchover",
+    "release-ram",
+    "return-path",
+    "switchover-ack",
+    "x-colo",
+    "x-ignore-shared",  # or RAM that other processes share would not be in the file
+    "xbzrle",
+)
+
+#: Parameters of QEMU's file channels; without them they mean nothing.
+_FOR_MAPPED = ("direct-io",)
+
+_COMPRESSION = "multifd-compression"
+_BANDWIDTH = "max-bandwidth"
+_CREDENTIALS = "tls-creds"
+DIRECT_IO: Final = "direct-io"
+
+#: Bytes a second: none that a disk could be too fast for.  QEMU's own default is meant for
+#: a network that others use as well.
+_UNBOUNDED = 1 << 50
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a guest goes into a file, or out of it.
+
+    :ivar format: one of :data:`~qmigd.interfaces.FORMATS`.
+    :ivar features: the capabilities of QEMU's that are used for it.
+    :ivar settings: all that is to be set on its QEMU, the user's tunables included.
+    """
+
+    format: str
+    features: tuple[str, ...]
+    settings: Settings
+
+
+def maps(facts: GuestFacts) -> bool:
+    """Whether this QEMU writes mapped RAM into a file that it is handed.
+
+    That is so from QEMU 9.1 on, which brought ``direct-io`` as well; 9.0 knows the
+    capability, but opens files by their names only.
+    """
+    return MAPPED_RAM in facts.capabilities and DIRECT_IO in facts.parameters
+
+
+def way(
+    services: Services,
+    facts: GuestFacts,
+    role: Role,
+    tunables: Mapping[str, Any],
+    format: str | None,
+) -> Way:
+    """Choose how.
+
+    :param format: what is wanted, or what the file has; ``None``: the best one.
+    :raises QmigdError: this QEMU cannot do that, or the tunables do not go with it.
+    """
+    mapped = maps(facts) if format is None else format == MAPPED_RAM
+    if mapped and not maps(facts):
+        raise FeatureError(
+            f"{MAPPED_RAM} needs a QEMU of version 9.1 or newer, and that of guest "
+            f"{facts.name} is {'.'.join(map(str, facts.version))}; "
+            + (
+                f"save it with the format {STREAM} or {ZSTD}"
+                if role == "source"
+                else f"save it there with the format {STREAM} or {ZSTD}, or restore it here "
+                "into a newer QEMU"
+            )
+        )
+    format = MAPPED_RAM if mapped else format or STREAM
+    own = _checked(services, facts, format, tunables)
+    known = facts.capabilities
+    names = (*services.features, *_OFF, MAPPED_RAM)
+    settings = Settings({name: False for name in names if name in known})
+    settings |= Settings({"events": True} if "events" in known else {})
+    if facts.parameters.get(_CREDENTIALS):
+        settings |= Settings({}, {_CREDENTIALS: None})
+    if role == "source":
+        settings |= Settings({}, {_BANDWIDTH: _UNBOUNDED})
+    features = []
+    if mapped:
+        features.append(MAPPED_RAM)
+        settings |= Settings({MAPPED_RAM: True})
+        # The switch that is in the way is about to be set as it has to be.
+        bare = replace(facts, capabilities={**known, MAPPED_RAM: False})
+        own = {_COMPRESSION: "none", **own} if _COMPRESSION in facts.parameters else own
+        for name, wanted in _agreed(services, bare, role, format, own).items():
+            features.append(name)
+            settings |= wanted
+    negotiated = set().union(*(feature.tunables for feature in services.features.values()))
+    plain = {name: value for name, value in own.items() if name not in negotiated}
+    return Way(format, tuple(features), settings | Settings({}, plain))
+
+
+def _checked(
+    services: Services, facts: GuestFacts, format: str, tunables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """See that the tunables go with the format."""
+    several = {
+        name
+        for feature in services.features.values()
+        if feature.formats
+        for name in feature.tunables
+    }
+    for name, value in tunables.items():
+        if format != MAPPED_RAM and name in {*several, *_FOR_MAPPED}:
+            raise ArgumentError(
+                f"'{name}' means nothing with the format {format}, whose stream is one: leave it "
+                f"out, or save with the format {MAPPED_RAM}"
+            )
+        if name == _COMPRESSION and value != "none":
+            raise ArgumentError(
+                f"'{name}' does not go with {MAPPED_RAM}, in which each page has its place and "
+                f"its size: save with the format {ZSTD} instead"
+            )
+    return dict(tunables)
+
+
+def _agreed(
+    services: Services, facts: GuestFacts, role: Role, format: str, tunables: Mapping[str, Any]
+) -> dict[str, Settings]:
+    """Ask the features that go with a format; what each of those that can be had sets."""
+    found: dict[str, Settings] = {}
+    for name, feature in services.features.items():
+        excluded = name in services.policy.exclude or format not in feature.formats
+        if excluded or isinstance(feature.probe_host(services.host), No):
+            continue
+        if isinstance(feature.probe_guest(facts, role), No):
+            continue
+        own = {key: value for key, value in tunables.items() if key in feature.tunables}
+        try:
+            proposal = feature.propose(facts, services.host, own)
+            agreement = feature.answer(facts, services.host, proposal)
+        except Withdraw:
+            continue
+        except ValueError as error:
+            raise ArgumentError(f"the tunables for {name} make no sense: {error}") from None
+        found[name] = feature.settings(agreement, role)
+    return found
+
+
+class Filing(Move):
+    """A move between a guest and a file.
+
+    :ivar cancelled: why the user wants an end of it, or ``None``.
+    """
+
+    #: What is said of one that cannot be ended any more.
+    too_late = ""
+
+    def __init__(self, services: Services, record: Record) -> None:
+        super().__init__(services, record)
+        self.cancelled: str | None = None
+        self._stop = threading.Event()
+        self._settled = False
+        self._stream: socket.socket | None = None
+        self._lent = ""
+
+    def cancel(self, reason: str) -> None:
+        """Ask for the end.
+
+        :raises MigrationError: it is too late.
+        """
+        if self._settled:
+            raise MigrationError(f"it is too late to cancel: {self.too_late}")
+        self.cancelled = reason
+        self._stop.set()
+        self.wake()
+
+    async def start_postcopy(self) -> None:
+        """Postcopy needs a destination.
+
+        :raises FeatureError: always.
+        """
+        raise FeatureError("there is no postcopy with a file: nobody could be asked for a page")
+
+    def raise_if_cancelled(self) -> None:
+        """:raises Cancelled: the user wants an end of it."""
+        if self.cancelled is not None:
+            raise Cancelled(self.cancelled)
+
+    def work(self, descriptor: int, what: str, act: Callable[[int], T]) -> Deferred[T]:
+        """Have a thread work on a file, with a descriptor of its own: nobody waits for its end."""
+        own = os.dup(descriptor)
+
+        def run() -> T:
+            try:
+                return act(own)
+            finally:
+                os.close(own)
+
+        return in_thread(self.services.reactor, f"{what} {self.record.guest}", run)
+
+    async def done(self, working: Deferred[T]) -> T:
+        """Wait for what a thread does, or for the user to want an end of it.
+
+        :raises Cancelled: that one; the thread is told, and left to itself.
+        """
+        ended: list[T | Failure] = []
+
+        def end(result: T | Failure) -> None:
+            ended.append(result)
+            self.wake()
+
+        working.addBoth(end)
+        while not ended:
+            self.raise_if_cancelled()
+            await self.rest()
+        result = ended[0]
+        if isinstance(result, Failure):
+            result.raiseException()
+        return result
+
+    async def lend(self, file: NewFile | SavedFile, facts: GuestFacts) -> str:
+        """Give QEMU the file, which it need not be allowed to open; returns its name for it."""
+        assert self.guest is not None
+        direct = self.record.tunables.get(DIRECT_IO, facts.parameters.get(DIRECT_IO))
+        opened = []
+        try:
+            # With direct-io it wants one of each kind (file_parse_fdset in migration/file.c).
+            for past_cache in (False, True) if direct else (False,):
+                opened.append(file.opened(direct=past_cache))
+            self._lent = await self.guest.lend(*opened)
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+        return self._lent
+
+    async def take_back(self) -> None:
+        """Take the file away from QEMU again, if it is still there."""
+        try:
+            if self._lent and self.guest is not None:
+                await self.guest.unlend(self._lent)
+        except QmigdError as error:
+            log.info("guest {guest}: {error}", guest=self.record.guest, error=error.text)
+        self._lent = ""
+
+    def cut_stream(self) -> None:
+        """Have QEMU and the thread find the stream closed; the thread closes its end."""
+        if self._stream is not None:
+            with suppress(OSError):
+                self._stream.shutdown(socket.SHUT_RDWR)
+            self._stream = None
