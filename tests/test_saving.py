@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from tests.rig.files import SLOWLY, FileCase, small_disk
 from tests.rig.pair import NAME, Pair, same_ram, settings_of
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
+from tests.rig.qemus import require
 from tests.rig.qmp import QmpError
 
 
@@ -42,10 +45,6 @@ class JourneyTests(FileCase):
         """Mapped RAM out of QEMU 11 into QEMU 10.0."""
         self.check("11", "10.0", "mapped-ram", "mapped-ram")
 
-    def test_stream_7_7(self) -> None:
-        """QEMU 7.2, which has no mapped RAM, gives its stream and takes it."""
-        self.check("7.2", "7.2", None, "stream")
-
     def test_stream_7_11(self) -> None:
         """QEMU 11 takes the stream of QEMU 7.2."""
         self.check("7.2", "11", None, "stream")
@@ -68,9 +67,10 @@ class AfterTests(FileCase):
 
     def test_paused(self) -> None:
         """A guest that was paused is paused when it is restored, every byte as it was."""
-        pair = self.files("10.0")
+        pair = self.files("10.0", policy={"exclude": ["multifd"]})
         pair.source.qmp("stop")
-        self.done(pair, "save")
+        saved = self.done(pair, "save")
+        self.assertEqual(saved["file"]["features"], ["mapped-ram"])
         restored = self.done(pair, "restore")
         self.assertIn("paused", restored["step"])
         self.assertEqual(pair.destination.status(), "paused")
@@ -199,6 +199,43 @@ class BrokenTests(FileCase):
         pair.here.start()
         self.prove_unsaved(pair)
 
+    def test_daemon_stopped(self) -> None:
+        """A daemon that is told to end lets the guest run on before it does."""
+        pair = self.files("7.2")
+        self.begin(pair, "save", tunables={"max-bandwidth": SLOWLY})
+        pair.wait(pair.here, "active")
+        pair.here.stop()
+        self.assertIn("qmigd is being stopped; the guest goes on here", pair.here.log)
+        self.prove_unsaved(pair)
+
+    def test_daemon_killed_restoring(self) -> None:
+        """A guest that QEMU had read to the end runs when the daemon is started again."""
+        pair = self.files("10.0")
+        self.done(pair, "save")
+        self.done(pair, "restore")
+        pair.there.kill()
+        pair.destination.qmp("stop")
+        changed = {"name": "multifd", "was": settings_of(pair.destination)["multifd"]}
+        pair.destination.set_capabilities("multifd", on=not changed["was"])
+        entry = {
+            "migration": pair.id,
+            "role": "destination",
+            "guest": NAME,
+            "qmp": f"unix:{pair.destination.qmp_path}",
+            "peer": f"file:{self.path}",
+            "stage": "receiving",
+            "file": self.path,
+            "run": True,
+            "capabilities": {"multifd": changed["was"]},
+            "parameters": {},
+        }
+        journal = Path(pair.there.config["daemon"]["state-dir"]) / "migrations"
+        (journal / f"{pair.id}.destination.json").write_text(json.dumps(entry))
+        pair.there.start()
+        pair.destination.wait_running()
+        pair.wait_settings(pair.destination)
+        pair.prove_moved()
+
     def test_qemu_killed(self) -> None:
         """A QEMU that dies takes its guest along, but leaves no half of it behind."""
         pair = self.files("7.2")
@@ -257,16 +294,6 @@ class RefusalTests(FileCase):
         self.assertIn("waits for a migration itself", error.text)
         pair.prove_stayed()
 
-    def test_old_qemu(self) -> None:
-        """QEMU 7.2 neither writes mapped RAM nor reads it, and the way out is named."""
-        pair = self.files("7.2")
-        self.refused(pair, "save", "mapped-ram needs a QEMU", "format stream", format="mapped-ram")
-        pair.prove_stayed()
-        newer = self.files("10.0", "7.2")
-        self.done(newer, "save")
-        self.failed(newer, "restore", "mapped-ram needs a QEMU", "newer QEMU")
-        self.assertEqual(newer.destination.status(), "inmigrate")
-
     def test_restore(self) -> None:
         """A file that is none, cut, unfinished, or damaged; then the good one, into that QEMU."""
         pair = self.files("10.0")
@@ -302,9 +329,10 @@ class RefusalTests(FileCase):
         self.assertTrue(pair.destination.running())
 
     def test_other_guest(self) -> None:
-        """Another guest than the one that was saved is told before any RAM is read."""
+        """QEMU 7.2 has no mapped RAM; and another guest is told before any RAM is read."""
         pair = self.files("7.2")
         pair.destination.close()
+        self.refused(pair, "save", "mapped-ram needs a QEMU", "format stream", format="mapped-ram")
         self.done(pair, "save")
         pair.destination = self.waiting_guest("7.2", memory=48, machine="pc-i440fx-7.1").start()
         pair.there.config["guest"][NAME] = {"qmp": f"unix:{pair.destination.qmp_path}"}
@@ -313,10 +341,13 @@ class RefusalTests(FileCase):
         self.assertNotIn("ram", entry)
         self.assertEqual(pair.destination.status(), "inmigrate")
 
-    def test_damaged_stream(self) -> None:
-        """What QEMU itself cannot load does not run, and the source's file is as it was."""
+    def test_old_qemu(self) -> None:
+        """QEMU 7.2 reads no mapped RAM, and ends with a stream that it cannot load."""
         pair = self.files("10.0", "7.2")
-        self.done(pair, "save", format="zstd", checksum=False)
+        self.done(pair, "save", after="continue")
+        self.failed(pair, "restore", "mapped-ram needs a QEMU", "newer QEMU")
+        self.assertEqual(pair.destination.status(), "inmigrate")
+        self.done(pair, "save", format="zstd", checksum=False, replace=True)
         data = bytearray(Path(self.path).read_bytes())
         data[-3000] ^= 0xFF
         Path(self.path).write_bytes(data)
@@ -339,3 +370,26 @@ class RefusalTests(FileCase):
         self.done(pair, "restore")
         self.assertEqual(settings_of(pair.destination), before)
         pair.prove_moved()
+
+
+class QemuTests(FileCase):
+    """What QEMU alone does with a file that it is given: why qmigd goes between."""
+
+    def test_no_file(self) -> None:
+        """QEMU 11 takes no file as ``fd:``."""
+        guest = self.guest(require("11")).start()
+        with socket.socket(socket.AF_UNIX) as monitor, open(self.mktemp(), "wb") as file:
+            monitor.connect(guest.qmp_path)
+            said = monitor.makefile("rb")
+            said.readline()
+            answer: dict[str, Any] = {}
+            for command, arguments, descriptors in (
+                ("qmp_capabilities", {}, []),
+                ("getfd", {"fdname": "file"}, [file.fileno()]),
+                ("migrate", {"uri": "fd:file"}, []),
+            ):
+                message = json.dumps({"execute": command, "arguments": arguments})
+                socket.send_fds(monitor, [message.encode()], descriptors)
+                answer = json.loads(said.readline())
+        self.assertIn("error", answer)
+        self.assertTrue(guest.running())

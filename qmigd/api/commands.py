@@ -285,8 +285,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             ),
             Command(
                 "migrate-cancel",
-                "Cancel a running migration.\n\n"
-                "The guest goes on running here. It returns once the request was taken; the "
+                "Cancel a running migration, save or restore.\n\n"
+                "The guest goes on running here; one that was being restored is not here. It "
+                "returns once the request was taken; the "
                 "end is seen in `query-migrate` and in the `MIGRATION` event. After postcopy "
                 "has begun it is too late.",
                 (_NAMED,),

@@ -5,7 +5,7 @@ the bytes: outside the reactor's thread, in which they would stand in everybody'
 Shutting the socket ends them.
 
 No version of QEMU knows the difference to a migration.  Giving it the file itself would
-save a copy, but QEMU 11 does not take one, and QEMU 7.2 does not say that a disk is full.
+save a copy, but QEMU 11 takes no file as a descriptor any more.
 """
 
 from __future__ import annotations

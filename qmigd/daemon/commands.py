@@ -8,11 +8,12 @@ a QEMU is started here and goes on by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredList
 
 from .. import __version__
 from ..api import COMMANDS, nearest, schema
@@ -40,6 +41,7 @@ class Commands:
         self._services = services
         self._guests = guests
         self._outgoing: dict[str, Outgoing | Saving | Restoring] = {}
+        self._filing: dict[Saving | Restoring, Deferred[Any]] = {}
 
     # about the daemon
 
@@ -221,8 +223,19 @@ class Commands:
     def _begin(self, guest: str, filing: Saving | Restoring) -> dict[str, Any]:
         self._services.records.add(filing.record)
         self._outgoing[guest] = filing
-        Deferred.fromCoroutine(filing.begin()).addBoth(lambda _: self._outgoing.pop(guest, None))
+        done = Deferred.fromCoroutine(filing.begin())
+        self._filing[filing] = done
+        done.addBoth(lambda _: (self._outgoing.pop(guest, None), self._filing.pop(filing)))
         return {"id": filing.record.id}
+
+    async def stop(self) -> None:
+        """Before the daemon ends: a guest that stands still for its save is let run on."""
+        ending = []
+        for filing, done in list(self._filing.items()):
+            with suppress(MigrationError):  # it is just ending by itself
+                filing.cancel("qmigd is being stopped")
+            ending.append(done)
+        await DeferredList(ending)
 
     async def query_migrate(
         self, guest: str | None = None, id: str | None = None

@@ -149,7 +149,8 @@ class QmigdService(Service):
             source_after=config.source_after,
             security=_security(config, credentials),
         )
-        self._monitor = Monitor(reactor, daemon.monitor, Commands(self._services, self._guests))
+        self._commands = Commands(self._services, self._guests)
+        self._monitor = Monitor(reactor, daemon.monitor, self._commands)
         self._movers = Movers(
             reactor,
             state,
@@ -229,9 +230,10 @@ class QmigdService(Service):
         self._monitor.event(name, data)
 
     def stopService(self) -> Deferred[Any]:
-        """Close the doors.  QEMUs go on; relays end with this process."""
+        """Close the doors.  QEMUs go on; relays end with this process, and so do saves."""
         super().stopService()
-        closing = [Deferred.fromCoroutine(self._monitor.stop()), self._movers.stop()]
+        closing = [Deferred.fromCoroutine(self._commands.stop())]
+        closing += [Deferred.fromCoroutine(self._monitor.stop()), self._movers.stop()]
         closing += [_deferred(port.stopListening()) for port in self._ports]
         return DeferredList(closing)
 

@@ -112,9 +112,7 @@ async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
     if entry["stage"] == "prepared":
         return "nothing had been moved; its QEMU still waits"
     if "file" in entry:
-        move.saved = Settings()
-        await move.guest.quit()
-        return "it was being restored, and has not run; its file is as it was"
+        return await _restored(move, entry)
     if entry["stage"] == "receiving":
         if entry.get("baseline"):
             # QEMU has the connection, and lets the guest run by itself.
@@ -133,3 +131,18 @@ async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
         await move.guest.cont()
     move.services.verdicts.settle(move.record.id, True)
     return "the guest runs here"
+
+
+async def _restored(move: Move, entry: Mapping[str, Any]) -> str:
+    """A guest out of a file: QEMU may have it whole, if it reads the file by itself."""
+    assert move.guest is not None
+    await move.until_over()
+    if move.qemu_status == "none":
+        return "nothing of it had been loaded; its QEMU still waits"
+    if move.qemu_status != "completed":
+        move.saved = Settings()
+        await move.guest.quit()
+        return "its file was not read to the end, and its QEMU was ended"
+    if entry.get("run", True) and await move.guest.query_status() != "running":
+        await move.guest.cont()
+    return "it was restored"

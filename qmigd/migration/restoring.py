@@ -298,9 +298,9 @@ class Restoring(Filing):
             self.saved = Settings()
             await guest.quit()
         except GuestGone:
-            self.saved = Settings()
+            pass
         except QmigdError as second:
-            log.warn("guest {guest}: {error}", guest=guest.name, error=second.text)
+            return f"not here; its QEMU could not be ended: {second.text}"
         return "not here; its QEMU was ended"
 
     def _note(self) -> None:
