@@ -120,7 +120,7 @@ class AfterTests(FileCase):
         """With the tunable ``direct-io`` QEMU goes past the page cache, and gets what it wants."""
         pair = self.files("10.0")
         self.done(pair, "save", tunables={"direct-io": True, "multifd-channels": "3"})
-        self.done(pair, "restore", tunables={"direct-io": True})
+        self.done(pair, "restore", tunables={"direct-io": True, "multifd-channels": 2})
         pair.prove_moved()
 
     def test_launched(self) -> None:
@@ -138,8 +138,8 @@ class BrokenTests(FileCase):
     """Whatever breaks while a guest is being saved: it runs on, and there is no file."""
 
     def prove_unsaved(self, pair: Pair) -> None:
-        self.assertEqual(self.left(), [])
         pair.source.wait_running()
+        self.assertEqual(self.left(), [])
         pair.wait_settings(pair.source)
         only_one_runs(pair.source, pair.destination, ticks=3)
         counted_without_a_gap(pair.source)

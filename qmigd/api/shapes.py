@@ -244,7 +244,7 @@ FILE = Struct(
             "`mapped-ram`: each page of RAM has its place in it. `stream`: what a migration would "
             "send. `zstd`: the same, compressed.",
         ),
-        Member("features", ListOf(STR), "What QEMU uses to write or read it."),
+        Member("features", ListOf(STR), "What QEMU uses to write it, or to read it."),
         Member("size", INT, "Its bytes."),
         Member("on-disk", INT, "What it takes on the disk, which is less where it has holes."),
     ),

@@ -129,6 +129,7 @@ class Restoring(Filing):
         tunables = await guest.checked(tunables) if tunables else {}
         chosen = way(self.services, facts, "destination", tunables, head.format)
         self.record.tunables = tunables
+        self.record.file = {**(self.record.file or {}), "features": list(chosen.features)}
         self.raise_if_cancelled()
         if self._options.verify:
             self.record.update(step="verifying the file")
@@ -172,24 +173,26 @@ class Restoring(Filing):
         head = self._file.head
 
         def pour(descriptor: int) -> None:
-            with ours:
-                pour_in(
-                    descriptor,
-                    head.offset,
-                    head.length,
-                    ours,
-                    packed=head.format == ZSTD,
-                    moved=self._count,
-                )
+            pour_in(
+                descriptor,
+                head.offset,
+                head.length,
+                ours,
+                packed=head.format == ZSTD,
+                moved=self._count,
+            )
 
-        self.work(self._file.descriptor, "restore", pour).addBoth(self._poured)
+        self.work(self._file.descriptor, "restore", pour).addBoth(self._poured, ours)
         return its
 
     def _count(self, size: int) -> None:
         self._poured_in += size
 
-    def _poured(self, result: Any) -> None:
+    def _poured(self, result: Any, ours: socket.socket) -> None:
+        """QEMU has been given all, or the file is no good."""
         self._broken = result.value if isinstance(result, Failure) else None
+        # Not before: QEMU fails where the stream ends early, and would say no more than that.
+        ours.close()
         self.wake()
 
     async def _watch(self) -> None:
@@ -294,7 +297,7 @@ class Restoring(Filing):
                 return "the guest is here, but could not be let run"
             launched = self.services.guests.launched_for(guest, self.record.id)
             if not self._loading and not launched:
-                return "not here; its QEMU still waits"
+                return "not here; its QEMU is as it was"
             self.saved = Settings()
             await guest.quit()
         except GuestGone:

@@ -80,6 +80,7 @@ class Saving(Filing):
         self, services: Services, record: Record, path: Path, options: SaveOptions
     ) -> None:
         super().__init__(services, record)
+        record.step = "looking at the guest"
         self._path = path
         self._options = options
         self._file: NewFile | None = None
@@ -184,17 +185,17 @@ class Saving(Filing):
         cpus = self.services.host.cpus
 
         def pour(descriptor: int) -> None:
-            with ours:
-                pour_out(ours, descriptor, head.offset, packed=packed, cpus=cpus)
+            pour_out(ours, descriptor, head.offset, packed=packed, cpus=cpus)
 
-        self.work(file.descriptor, "save", pour).addBoth(self._poured)
+        self.work(file.descriptor, "save", pour).addBoth(self._poured, ours)
         return its
 
-    def _poured(self, result: Any) -> None:
+    def _poured(self, result: Any, ours: socket.socket) -> None:
         """All is in the file that QEMU has said, or no more of it can be."""
         self._pouring = False
-        # It has closed the socket, so that QEMU fails if it still writes.
         self._broken = result.value if isinstance(result, Failure) else None
+        # Not before: QEMU fails if it still writes, and would say no more than that.
+        ours.close()
         self.wake()
 
     async def _watch(self) -> None:
