@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.files import SLOWLY, FileCase, small_disk
+from tests.rig.news import ask_until
 from tests.rig.pair import NAME, Pair, same_ram, settings_of
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.qemus import require
@@ -199,6 +200,18 @@ class BrokenTests(FileCase):
         pair.here.start()
         self.prove_unsaved(pair)
 
+    def test_name_taken(self) -> None:
+        """A file of that name that comes meanwhile stays, and the guest, saved by then, runs on."""
+        pair = self.files("11")
+        self.begin(pair, "save", tunables={"max-bandwidth": SLOWLY})
+        pair.wait(pair.here, "active")
+        Path(self.path).write_text("mine")
+        pair.set(max_bandwidth=1 << 30)
+        self.assertIn("is there already", pair.failed(pair.here))
+        self.assertEqual(Path(self.path).read_text(), "mine")
+        Path(self.path).unlink()
+        self.prove_unsaved(pair)
+
     def test_daemon_stopped(self) -> None:
         """A daemon that is told to end lets the guest run on before it does."""
         pair = self.files("7.2")
@@ -235,6 +248,29 @@ class BrokenTests(FileCase):
         pair.destination.wait_running()
         pair.wait_settings(pair.destination)
         pair.prove_moved()
+
+    def test_both_killed(self) -> None:
+        """What a crash of the host leaves is removed when the daemon is there again."""
+        pair = self.files("7.2")
+        self.begin(pair, "save", tunables={"max-bandwidth": SLOWLY})
+        pair.wait(pair.here, "active")
+        pair.here.kill()
+        pair.source.kill()
+        self.assertEqual(len(self.left()), 1)
+        pair.here.start()
+        ask_until(lambda: pair.here.execute("query-version") and not self.left(), "the file to go")
+
+    def test_qemu_hangs(self) -> None:
+        """A QEMU that does not answer gets its guest back when it does, however late."""
+        pair = self.files("10.0", here={"guest_deadline": 0.5})
+        self.begin(pair, "save", tunables={"max-bandwidth": SLOWLY})
+        pair.wait(pair.here, "active")
+        pair.source.process.signal(signal.SIGSTOP)
+        entry = self.over(pair, "save", "failed")
+        self.assertIn("goes on waiting", entry["step"])
+        self.assertEqual(self.left(), [])
+        pair.source.process.signal(signal.SIGCONT)
+        self.prove_unsaved(pair)
 
     def test_qemu_killed(self) -> None:
         """A QEMU that dies takes its guest along, but leaves no half of it behind."""

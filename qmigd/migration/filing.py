@@ -262,6 +262,7 @@ class Filing(Move):
             self.raise_if_cancelled()
             await self.rest()
         result = ended[0]
+        self.raise_if_cancelled()
         if isinstance(result, Failure):
             result.raiseException()
         return result

@@ -48,6 +48,8 @@ async def recover(services: Services, migration: str, role: str, entry: Mapping[
     except GuestGone as gone:
         if role == "destination" and entry["stage"] != "released":
             services.verdicts.settle(migration, False)
+        if role == "source" and "file" in entry:
+            discard(entry["file"])
         step = f"its QEMU is gone: {gone.text}"
     except QmigdError as error:
         step = f"it could not be brought to an end: {error.text}"

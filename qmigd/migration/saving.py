@@ -274,6 +274,9 @@ class Saving(Filing):
         step = "saved"
         lingers = False
         if error is not None:
+            # First: from here on a daemon that dies has to let the guest run on in any case.
+            self._note(given_up=True)
+            self._close()
             try:
                 step = await self._bring_back()
             except DeadlineError as second:
@@ -309,7 +312,6 @@ class Saving(Filing):
         """
         guest = self.guest
         assert guest is not None
-        self.cut_stream()
         if self._started:
             end = self.now() + self.services.deadlines.guest
             if await self.look() not in {*OVER, "none"}:
@@ -371,21 +373,22 @@ class Saving(Filing):
         self.let_go()
         self.services.journal.forget(self.record.id, "source")
 
-    def _note(self) -> None:
+    def _note(self, *, given_up: bool = False) -> None:
+        """Put down what a daemon has to know that finds the save interrupted.
+
+        A file that has lost its temporary name has got its own, unless it was given up.
+        """
         assert self.guest is not None
-        self.services.journal.write(
-            self.record.id,
-            "source",
-            {
-                "guest": self.record.guest,
-                "qmp": self.services.guests.where(self.guest),
-                "peer": self.record.peer,
-                "stage": "saving",
-                "file": str(NewFile.place(self._path, self.record.id)),
-                "after": self._options.after,
-                "was-running": self._ran,
-                "capabilities": dict(self.saved.capabilities),
-                "parameters": dict(self.saved.parameters),
-                "objects": list(self.saved.objects),
-            },
-        )
+        entry: dict[str, Any] = {
+            "guest": self.record.guest,
+            "qmp": self.services.guests.where(self.guest),
+            "peer": self.record.peer,
+            "stage": "saving",
+            "was-running": self._ran,
+            "capabilities": dict(self.saved.capabilities),
+            "parameters": dict(self.saved.parameters),
+            "objects": list(self.saved.objects),
+        }
+        if not given_up:
+            entry["file"] = str(NewFile.place(self._path, self.record.id))
+        self.services.journal.write(self.record.id, "source", entry)
