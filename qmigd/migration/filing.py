@@ -69,7 +69,8 @@ _UNBOUNDED = 1 << 50
 #: CPUs with which a restore is faster without further threads, unless somebody asks for them:
 #: QEMU's main thread spins while it waits for those (multifd_recv in migration/multifd.c).
 #: Medians of five restores of 777 MiB out of the page cache on 2 CPUs, QEMU 10.0 and 11.1:
-#: 0.16 and 0.27 s without, 0.72 and 1.04 s with two channels, 0.59 and 1.20 s with four.
+#: 0.16 and 0.27 s without, 0.72 and 1.04 s with two channels, 0.59 and 1.20 s with four; and
+#: from the disk, whose readahead they spoil, 3.4 and 2.6 s without, 9.8 and 11.0 s with two.
 _FEW = 2
 
 
