@@ -17,7 +17,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -323,21 +322,13 @@ class Saving(Filing):
         return await self._go_on()
 
     async def _bring_back_late(self) -> None:
-        """For as long as it takes: QEMU may wait for a disk that does not answer."""
-        step = ""
-        try:
-            while not step:
-                await self.rest()
-                with suppress(DeadlineError):
-                    step = await self._bring_back()
+        async def bring_back() -> str:
+            step = await self._bring_back()
             await self.take_back()
             await self.put_back()
-        except QmigdError as error:
-            step = f"the guest's QEMU could not be asked: {error.text}"
-        except Exception:
-            log.failure("end of save {id}", id=self.record.id)
-            step = "qmigd itself failed; its log says where"
-        self.record.update(step=step)
+            return step
+
+        await self.finish_late(bring_back)
         self._leave()
 
     async def _go_on(self) -> str:

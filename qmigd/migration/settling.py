@@ -8,7 +8,6 @@ wait until QEMU is done with its migration, which can be long after the user has
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -125,24 +124,12 @@ class Settling(Proposing):
         return step
 
     async def _recover_late(self, error: QmigdError) -> None:
-        """For as long as it takes: QEMU may hang for minutes in a connection that is no more.
-
-        The guest remains in this migration's hands until then.  QEMU would not begin another.
-        """
-        step = ""
-        try:
-            while not step:
-                await self.rest()
-                with suppress(DeadlineError):
-                    step = await self._bring_back(error)
+        async def bring_back() -> str:
+            step = await self._bring_back(error)
             await self.put_back()
-        except QmigdError as second:
-            step = f"the guest's QEMU could not be asked: {second.text}"
-        except Exception:
-            log.failure("end of migration {id}", id=self.record.id)
-            step = "qmigd itself failed; its log says where"
-        log.info("guest {guest}: {step}", guest=self.record.guest, step=step)
-        self.record.update(step=step)
+            return step
+
+        await self.finish_late(bring_back)
         self._leave()
 
     async def _bring_back(self, error: QmigdError) -> str:
