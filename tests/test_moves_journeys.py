@@ -8,7 +8,7 @@ QEMUs are set as they were before.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from tests.rig.daemons import Daemon
 from tests.rig.guest import Guest
@@ -27,13 +27,6 @@ _FEATURES = {
 
 
 class JourneyCase(PairCase):
-    """A test with a guest that goes from stop to stop.
-
-    :cvar tunables: for each way, where there are any.
-    """
-
-    tunables: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
     def journey(
         self,
         path: str | Mapping[str, str],
@@ -73,7 +66,7 @@ class JourneyCase(PairCase):
 
     def leg(self, pair: Pair, path: str, way: str, passed: list[Guest]) -> None:
         """Move the guest once, and look at everything."""
-        entry = pair.move(path, way, tunables=self.tunables.get(way))
+        entry = pair.move(path, way)
         plan = entry["plan"]
         pair.prove_moved(*passed, ticks=5)
         self.assertEqual(plan["path"], "handover" if path == "baseline" else path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tests.rig.certificates import Authority
 from tests.rig.daemons import Daemon
@@ -50,9 +50,6 @@ class RecordedTests(KernelCase, RecordedCase):
 
 class MatrixTests(KernelCase, JourneyCase):
     """The same guest by every way, with kernel TLS at both ends, at one, at none, or in clear."""
-
-    #: On an emulated CPU a guest that dirties its RAM is only just outrun for QEMU's 300 ms.
-    tunables: ClassVar = {way: {"downtime-limit": 2000} for way in ("precopy", "multifd")}
 
     def setUp(self) -> None:
         self.features: set[str] = set()

@@ -228,6 +228,10 @@ class Pair:
     def move(self, path: str, mode: str = "precopy", **options: Any) -> dict[str, Any]:
         """Move the guest, and return what ``query-migrate`` at the source says then."""
         postcopy = "postcopy" in mode or mode == "preempt"
+        if not postcopy:
+            # On a busy host, or an emulated CPU, a guest that dirties its RAM is not always
+            # outrun within QEMU's own 300 ms, and goes on for dozens of passes.
+            options.setdefault("tunables", {"downtime-limit": 2000})
         self.begin(path, mode, bandwidth=SLOW if postcopy else 1 << 30, **options)
         if postcopy:
             self.postcopy(options.get("guest", NAME))
