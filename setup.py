@@ -68,6 +68,7 @@ setup(
         "console_scripts": ["qmigctl = qmigd.cli.main:main"],
         "qmigd.features": [
             "ktls = qmigd.features.ktls:feature",
+            "mptcp = qmigd.features.mptcp:feature",
             "multifd = qmigd.features.multifd:feature",
             "postcopy-ram = qmigd.features.postcopy:feature",
             "postcopy-preempt = qmigd.features.preempt:feature",

@@ -55,6 +55,8 @@ __all__ = [
     "QEMU",
     "RELAY",
     "STREAM",
+    "TCP",
+    "TRANSPORTS",
     "ZSTD",
     "Answer",
     "Channels",
@@ -86,6 +88,10 @@ DIRECT = "direct"
 HANDOVER = "handover"
 RELAY = "relay"
 PATHS = (HANDOVER, DIRECT, RELAY)
+
+#: How daemons can be connected to each other, by the schemes of QEMU's URIs.
+TCP = "tcp"
+TRANSPORTS = (TCP, "unix", "vsock", "exec")
 
 #: Where an obstacle is, as users are told.  The first four are on one side: the machine
 #: and what is plugged in, its kernel, the guest's QEMU with its process, the guest itself.
@@ -215,8 +221,10 @@ class Host:
     tcp_send_buffer: int | None = None
     #: What moves bytes at the least cost in a relay; found out some time after the start.
     zero_copy: ZeroCopy = field(default_factory=ZeroCopy)
-    #: The address of this host at which the source has reached it; only in ``answer``, and
-    #: empty over a unix socket.
+    #: Whether connections to and from it are to be Multipath TCP.
+    mptcp: Answer = No("not looked for")
+    #: The IP address of this host at which the source has reached it; only in ``answer``, and
+    #: empty where that was over no IP network.
     address: str = ""
 
 
@@ -397,15 +405,19 @@ class IFeature(Interface):
         """Further paths that can carry it together with another feature, by that one's
         name: ``Mapping[str, frozenset[str]]``.""",
     )
+    transports = Attribute(
+        """The transports that can carry it, out of ``TRANSPORTS``: ``frozenset[str]``.  It is
+        the source's connection to the peer that counts.""",
+    )
     avoids = Attribute(
         """Paths out of ``paths`` that are taken only where no other one carries everything,
         or where somebody asks for them: ``frozenset[str]``.""",
     )
     rank = Attribute("What it gains, a :class:`Rank`.")
     abilities = Attribute(
-        """What the daemon can do thanks to it, ``frozenset[str]``.  It asks for two:
-        ``"postcopy"``, and ``"kernel-tls"``, where the host's kernel can take over the TLS
-        of a connection.""",
+        """What the daemon can do thanks to it, ``frozenset[str]``.  It asks for three:
+        ``"postcopy"``; ``"kernel-tls"``, where the host's kernel can take over the TLS
+        of a connection; and ``"multipath"``, with which payload channels are Multipath TCP.""",
     )
     formats = Attribute(
         """The formats of a saved guest's file that it goes with, ``frozenset[str]`` out of
@@ -488,6 +500,7 @@ class Feature:
     excludes: frozenset[str] = frozenset()
     paths: frozenset[str] = frozenset(PATHS)
     paths_with: Mapping[str, frozenset[str]] = MappingProxyType({})
+    transports: frozenset[str] = frozenset(TRANSPORTS)
     avoids: frozenset[str] = frozenset()
     rank: Rank = Rank.SPEED
     abilities: frozenset[str] = frozenset()

@@ -69,8 +69,8 @@ class ArgumentTests(SynchronousTestCase):
     def test_missing(self) -> None:
         """A missing argument is named, with what it is for."""
         self.assertEqual(
-            "migrate needs the argument 'uri': where the destination's qmigd listens, "
-            "`tcp:host:port`.",
+            "migrate needs the argument 'uri': where the destination's qmigd listens: "
+            "`tcp:host:port`, `unix:/path`, `vsock:cid:port`, or `exec:command`.",
             self.refused("migrate", {"guest": "g"}),
         )
 

@@ -54,8 +54,9 @@ _MAY_NAME = ("features/", "guests/quirks.py", "transports/uri.py")
 #: which sentences about them name, of what the handshake itself goes over to, of the kernel's
 #: module, of an error's code.
 _NAMESAKES = re.compile(r"\[tls\]|\[policy\] has tls = |'tls' in ")
-#: The modules that are about those.
+#: The modules that are about those, or about a key of that name.
 _NAMESAKE_OF = {
+    "mptcp": {"daemon/config.py", "daemon/service.py"},
     "tls": {
         "channels/kernel_tls.py",
         "cli/pki.py",
@@ -63,7 +64,7 @@ _NAMESAKE_OF = {
         "daemon/service.py",
         "errors.py",
         "wire/greeting.py",
-    }
+    },
 }
 
 

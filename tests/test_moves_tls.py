@@ -12,7 +12,7 @@ from qmigd.channels.secured import TlsSide
 from qmigd.errors import RemoteError
 from qmigd.migration.security import Security
 from qmigd.migration.verdicts import ask
-from qmigd.transports.uri import parse_uri
+from qmigd.transports.uri import Reachable, TcpAddress, parse_uri
 from tests.rig.certificates import Authority, Files
 from tests.rig.daemons import Daemon
 from tests.rig.pair import NAME, SLOW, Pair, PairCase, settings_of, source_noise
@@ -223,13 +223,19 @@ class DirectTests(TlsCase):
         pair.prove_stayed()
 
 
+def _reachable(uri: str) -> Reachable:
+    address = parse_uri(uri)
+    assert isinstance(address, TcpAddress)
+    return address
+
+
 class AskTests(TlsCase):
     """The question of a source that lost the connection, and does not know what became."""
 
     async def asked(self, daemon: Daemon, tls: TlsSide | None) -> str:
         """Ask about a migration that nobody knows; returns the code of the refusal."""
         try:
-            await ask(reactor, parse_uri(daemon.uri), str(uuid.uuid4()), bytes(32), 10, tls)
+            await ask(reactor, _reachable(daemon.uri), str(uuid.uuid4()), bytes(32), 10, tls)
         except RemoteError as error:
             return error.code
         raise AssertionError("It was answered.")

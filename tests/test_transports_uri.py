@@ -9,7 +9,22 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.errors import ArgumentError
-from qmigd.transports.uri import DEFAULT_PORT, TcpAddress, UnixAddress, parse_uri
+from qmigd.transports.uri import (
+    DEFAULT_PORT,
+    Door,
+    ExecAddress,
+    TcpAddress,
+    UnixAddress,
+    VsockAddress,
+    parse_uri,
+)
+
+
+def door(text: str) -> Door:
+    """Read a URI that can be listened on."""
+    address = parse_uri(text)
+    assert not isinstance(address, ExecAddress)
+    return address
 
 
 class ParsingTests(SynchronousTestCase):
@@ -25,15 +40,21 @@ class ParsingTests(SynchronousTestCase):
             "tcp:[::1]": TcpAddress("::1", DEFAULT_PORT),
             "tcp:[fe80::1%eth0]:65535": TcpAddress("fe80::1%eth0", 65535),
             "unix:/run/qmigd.sock": UnixAddress("/run/qmigd.sock"),
+            "tcp:hostb:70,mptcp=on": TcpAddress("hostb", 70, mptcp=True),
             "unix:a:b": UnixAddress("a:b"),
+            "vsock:3": VsockAddress(3, DEFAULT_PORT),
+            "vsock:3:7000": VsockAddress(3, 7000),
+            "vsock::7000": VsockAddress(None, 7000),
+            "vsock:4294967294:4294967294": VsockAddress(0xFFFFFFFE, 0xFFFFFFFE),
+            "exec:nc hostb 7": ExecAddress(("/bin/sh", "-c", "nc hostb 7")),
         }.items():
             self.assertEqual(parse_uri(text), address)
 
     def test_bad(self) -> None:
         """What is wrong is said, and what would be right."""
         for text, said in {
-            "": "write tcp:HOST:PORT or unix:PATH",
-            "hostb": "write tcp:HOST:PORT or unix:PATH",
+            "": "write tcp:HOST:PORT, unix:PATH,",
+            "hostb": "write tcp:HOST:PORT, unix:PATH,",
             "http://hostb": 'unknown scheme "http"',
             "tcp:": "names no host",
             "tcp:hostb:": "is not a port",
@@ -52,13 +73,35 @@ class ParsingTests(SynchronousTestCase):
             "unix:a\0b": "zero byte",
             "unix:" + "x" * 108: "at most 107 bytes",
             "fd:7": "cannot be reached over fd:",
-            "exec:nc hostb 7": "cannot be reached over exec:",
+            "exec:": "needs a command",
+            "exec:  ": "needs a command",
+            "exec:a\0b": "zero byte",
+            "vsock:": "is not vsock:CID:PORT",
+            "vsock:host:7": "is not vsock:CID:PORT",
+            "vsock:3:": "is not vsock:CID:PORT",
+            "vsock:3:4294967295": "is not vsock:CID:PORT",
         }.items():
             error = self.assertRaises(ArgumentError, parse_uri, text)
             self.assertIn(said, error.text)
             self.assertEqual(error.code, "argument")
 
-    @given(st.text(max_size=40) | st.text(max_size=20).map("tcp:".__add__))
+    def test_argv(self) -> None:
+        """A program's own arguments go with "exec:"; as a text they come to the same."""
+        address = parse_uri("exec:", ["nc", "host b", "7"])
+        self.assertEqual(address, ExecAddress(("nc", "host b", "7")))
+        self.assertEqual(str(address), "exec:exec nc 'host b' 7")
+        for text, argv, said in (
+            ("exec:nc", ["hostb"], 'go with "exec:" alone'),
+            ("tcp:hostb:7", ["nc"], 'go with "exec:" alone'),
+            ("exec:", [""], "needs a command"),
+            ("exec:", ["nc", "a\0b"], "zero byte"),
+        ):
+            self.assertIn(said, self.assertRaises(ArgumentError, parse_uri, text, argv).text)
+
+    @given(
+        st.text(max_size=40)
+        | st.tuples(st.sampled_from(("tcp:", "vsock:", "exec:")), st.text(max_size=20)).map("".join)
+    )
     def test_any_text(self, text: str) -> None:
         """Whatever the text, it is an address that gives itself again, or an ArgumentError."""
         try:
@@ -69,10 +112,25 @@ class ParsingTests(SynchronousTestCase):
 
     def test_loopback(self) -> None:
         """Only what no other host can reach is loopback."""
-        for text in ("tcp:127.0.0.1", "tcp:127.1.2.3:70", "tcp:[::1]", "tcp:localhost", "unix:x"):
-            self.assertTrue(parse_uri(text).is_loopback, text)
-        for text in ("tcp::70", "tcp:0.0.0.0", "tcp:[::]", "tcp:10.0.0.7", "tcp:localhost.example"):
-            self.assertFalse(parse_uri(text).is_loopback, text)
+        for text in (
+            "tcp:127.0.0.1",
+            "tcp:127.1.2.3:70",
+            "tcp:[::1]",
+            "tcp:localhost",
+            "unix:x",
+            "vsock:1",
+        ):
+            self.assertTrue(door(text).is_loopback, text)
+        for text in (
+            "tcp::70",
+            "tcp:0.0.0.0",
+            "tcp:[::]",
+            "tcp:10.0.0.7",
+            "tcp:localhost.example",
+            "vsock:2",
+            "vsock::7",
+        ):
+            self.assertFalse(door(text).is_loopback, text)
 
 
 class EndpointTests(SynchronousTestCase):
@@ -86,19 +144,19 @@ class EndpointTests(SynchronousTestCase):
             "tcp::70": "::",
         }.items():
             reactor = MemoryReactorClock()
-            parse_uri(text).server(reactor).listen(Factory())
+            door(text).server(reactor).listen(Factory())
             self.assertEqual(reactor.tcpServers[0][0], 70)
             self.assertEqual(reactor.tcpServers[0][3], interface)
 
     def test_unix_server_is_private(self) -> None:
         """Only the same user may connect to a unix socket."""
         reactor = MemoryReactorClock()
-        parse_uri("unix:/run/x").server(reactor).listen(Factory())
+        door("unix:/run/x").server(reactor).listen(Factory())
         path, _, _, mode, _ = reactor.unixServers[0]
         self.assertEqual((path, mode), ("/run/x", 0o600))
 
     def test_nothing_to_connect_to(self) -> None:
         """What is good for listening only cannot be connected to."""
-        for text in ("tcp::70", "tcp:hostb:0"):
-            error = self.assertRaises(ArgumentError, parse_uri(text).client, MemoryReactorClock())
+        for text in ("tcp::70", "tcp:hostb:0", "vsock::70"):
+            error = self.assertRaises(ArgumentError, door(text).client, MemoryReactorClock())
             self.assertIn("could be connected to", error.text)

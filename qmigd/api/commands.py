@@ -45,6 +45,20 @@ _TLS_HOSTNAME = Member(
     optional=True,
 )
 
+_ARGV = Member(
+    "argv",
+    ListOf(STR),
+    "the program that carries the connections, and its arguments, without a shell in between; "
+    "`uri` is `exec:` then, and no more.",
+    optional=True,
+)
+
+_EXEC = (
+    "`exec:COMMAND` has this host's shell run a command for each connection, as the user that "
+    "the daemon runs as, with the connection as its standard input and output. Who may use the "
+    "management socket may do that; a peer never can."
+)
+
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         declared.name: declared
@@ -108,16 +122,18 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "Return what can be negotiated, and why the rest cannot.\n\n"
                 "Without arguments: what this host can do. With a guest: what this host can do "
                 "with this guest. With the URI of a peer as well: what a migration of this "
-                "guest to that peer would use. No guest is touched in any of the three.",
+                "guest to that peer would use. No guest is touched in any of the three.\n\n"
+                + _EXEC,
                 (
                     Member("guest", STR, "the guest's name.", optional=True),
                     Member(
                         "uri",
                         STR,
-                        "where the peer's qmigd listens, `tcp:host:port`; needs `guest`.",
+                        "where the peer's qmigd listens, as for `migrate`; needs `guest`.",
                         optional=True,
                     ),
                     _TLS_HOSTNAME,
+                    _ARGV,
                 ),
                 FEATURES,
                 (_NO_GUEST, _BUSY, _GONE, _NO_PEER, _SLOW),
@@ -141,10 +157,16 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "passed to the destination, it goes on running here.\n\n"
                 "`prefer`, `require` and `exclude` take names of features, as in "
                 "`query-features`, and of paths: `direct`, `handover`, `relay`. They are added "
-                "to the policy in the configuration file; what contradicts it is refused.",
+                "to the policy in the configuration file; what contradicts it is refused.\n\n"
+                + _EXEC,
                 (
                     _NAMED,
-                    Member("uri", STR, "where the destination's qmigd listens, `tcp:host:port`."),
+                    Member(
+                        "uri",
+                        STR,
+                        "where the destination's qmigd listens: `tcp:host:port`, `unix:/path`, "
+                        "`vsock:cid:port`, or `exec:command`.",
+                    ),
                     Member("tunables", DICT, _TUNABLES, optional=True),
                     Member(
                         "prefer",
@@ -160,6 +182,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     ),
                     Member("exclude", ListOf(STR), "not to be used.", optional=True),
                     _TLS_HOSTNAME,
+                    _ARGV,
                 ),
                 MIGRATE,
                 (

@@ -83,6 +83,7 @@ async def _migrate(session: Session) -> Exit:
         prefer=options.prefer or None,
         require=options.require or None,
         exclude=options.exclude or None,
+        argv=options.argv or None,
         **_hostname(options),
     )
     if options.detach:
@@ -200,7 +201,11 @@ async def _status(session: Session) -> Exit:
 async def _features(session: Session) -> Exit:
     options = session.options
     answer = await session.ask(
-        "query-features", guest=options.guest, uri=options.uri, **_hostname(options)
+        "query-features",
+        guest=options.guest,
+        uri=options.uri,
+        argv=options.argv or None,
+        **_hostname(options),
     )
     session.print(answer, render.features(answer, session.width))
     return Exit.OK

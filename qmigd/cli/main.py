@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -20,7 +20,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from ..api import SOCKET_VARIABLE, default_socket, nearest
 from ..errors import DeadlineError, GuestError, GuestGone, QmigdError
 from ..qmp.client import QMPRefusal, connect
-from . import pki, render
+from . import far_end, pki, render
 from .commands import RUN, Ending, Session, write
 from .options import LOCAL, Exit, UsageError, make_parser
 
@@ -140,10 +140,18 @@ async def _run(reactor: Any, options: argparse.Namespace) -> Exit:
         client.close()
 
 
+_LOCAL: Mapping[str, Callable[[argparse.Namespace], Exit]] = {
+    "pki": pki.run,
+    "connect": far_end.run,
+}
+
+
 def _local(options: argparse.Namespace) -> Exit:
-    """Carry out a subcommand that needs no daemon; returns the exit code."""
+    """Carry out a subcommand that needs no management socket; returns the exit code."""
     try:
-        return pki.run(options)
+        return _LOCAL[options.command](options)
+    except Ending as ending:
+        return _fail(ending, options.json)
     except QmigdError as error:
         return _fail(Ending(Exit.REFUSED, error.code, error.text), options.json)
     except Exception as error:

@@ -100,6 +100,16 @@ def _tls_hostname(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(f"--{name}", metavar="NAME", help=_help(command, name))
 
 
+def _argv(parser: argparse.ArgumentParser, command: str) -> None:
+    parser.add_argument(
+        "--argv",
+        metavar="WORD",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help=f"{_help(command, 'argv')}; all that follows belongs to it",
+    )
+
+
 def _migrate(parser: argparse.ArgumentParser) -> None:
     _guest(parser, "migrate")
     parser.add_argument("uri", metavar="URI", help=_help("migrate", "uri"))
@@ -120,6 +130,7 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
             help=f"a feature or path: {_help('migrate', name)}; can be repeated",
         )
     _tls_hostname(parser, "migrate")
+    _argv(parser, "migrate")
     parser.add_argument(
         "--detach", action="store_true", help="return once the migration was accepted"
     )
@@ -173,6 +184,7 @@ def _features(parser: argparse.ArgumentParser) -> None:
     _guest(parser, "query-features", nargs="?")
     parser.add_argument("uri", metavar="URI", nargs="?", help=_help("query-features", "uri"))
     _tls_hostname(parser, "query-features")
+    _argv(parser, "query-features")
 
 
 def _tunables(parser: argparse.ArgumentParser) -> None:
@@ -280,13 +292,28 @@ def _pki(parser: argparse.ArgumentParser) -> None:
             )
 
 
-#: The subcommands that no daemon is needed for: what they do, and what adds their arguments.
+def _connect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "uri",
+        metavar="SOCKET",
+        help="what the daemon of this host listens on for peers: a path, or unix:/path",
+    )
+
+
+#: The subcommands that need no management socket: what they do, and what adds their arguments.
 LOCAL: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "pki": (
         "Make certificates for TLS between hosts.\n\nThe CA belongs on one machine, which need "
         "be no hypervisor and need not run qmigd; its key never leaves it. A host gets its own "
         "certificate and key, and the CA's certificate.",
         _pki,
+    ),
+    "connect": (
+        "Connect standard input and output to this host's daemon.\n\nIt is the far end of a "
+        "program that carries a migration's connections: with "
+        "'exec:ssh hostb qmigctl connect /run/qmigd/qmigd-peer.sock' as the URI, a guest is moved "
+        "through nothing but ssh. It ends with the connection.",
+        _connect,
     ),
 }
 

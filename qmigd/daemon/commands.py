@@ -7,8 +7,9 @@ a QEMU is started here and goes on by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..migration.services import Services
 from ..migration.source import Outgoing, new_id
 from ..negotiation.obstacles import Obstacle
 from ..negotiation.policy import Policy
-from ..transports.uri import parse_uri
+from ..transports.uri import Address, TcpAddress, parse_uri
 from ..wire.greeting import VERSION
 from .config import guest_config, unknown_names
 from .registry import GuestRegistry
@@ -76,9 +77,10 @@ class Commands:
         guest: str | None = None,
         uri: str | None = None,
         tls_hostname: str | None = None,
+        argv: Sequence[str] = (),
     ) -> dict[str, Any]:
         if guest is not None and uri is not None:
-            answer = await self._pair_features(guest, uri, tls_hostname)
+            answer = await self._pair_features(guest, self._address(uri, argv), tls_hostname)
         elif guest is not None:
             answer = await self._guest_features(guest)
         elif uri is None:
@@ -124,9 +126,9 @@ class Commands:
         return found
 
     async def _pair_features(
-        self, guest: str, uri: str, tls_hostname: str | None
+        self, guest: str, address: Address, tls_hostname: str | None
     ) -> dict[str, Any]:
-        address = parse_uri(uri)
+        uri = str(address)
         record = self._services.records.new(new_id(), guest, "source", uri)
         outgoing = Outgoing(
             self._services, record, address, self._services.policy, {}, tls_hostname
@@ -163,9 +165,10 @@ class Commands:
         require: Iterable[str] = (),
         exclude: Iterable[str] = (),
         tls_hostname: str | None = None,
+        argv: Sequence[str] = (),
     ) -> dict[str, Any]:
         services = self._services
-        address = parse_uri(uri)
+        address = self._address(uri, argv)
         self._check_names((*prefer, *require, *exclude))
         policy = services.policy.narrowed(prefer, require, exclude)
         record = services.records.new(new_id(), guest, "source", str(address))
@@ -264,6 +267,13 @@ class Commands:
         await outgoing.set_tunables(await self._checked(outgoing.guest, tunables))
 
     # inside
+
+    def _address(self, uri: str, argv: Sequence[str]) -> Address:
+        """:raises ArgumentError: it is no place where a peer could be."""
+        address = parse_uri(uri, argv)
+        if isinstance(address, TcpAddress) and self._services.host.mptcp:
+            return replace(address, mptcp=True)
+        return address
 
     def _running(self, guest: str) -> Outgoing | Saving | Restoring:
         if guest in self._outgoing:

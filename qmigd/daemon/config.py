@@ -14,7 +14,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from ..errors import ArgumentError, ConfigError
 from ..interfaces import PATHS
 from ..negotiation.allow import Allow
 from ..negotiation.policy import Policy
-from ..transports.uri import Address, TcpAddress
+from ..transports.uri import Door, TcpAddress, UnixAddress
 from . import config_values as values
 from .toml_lines import Key, find_lines, syntax_error_line
 
@@ -51,17 +51,19 @@ class DaemonConfig:
     :ivar direct_ports: ports that the QEMUs of destinations may listen on; empty
         where none are offered.
     :ivar zero_copy: what moves bytes in a relay: ``measure``, ``off``, or a mover's name.
+    :ivar mptcp: connections to and from peers are Multipath TCP where both kernels have it.
     :ivar insecure: peers without TLS are served beyond loopback as well.
     :ivar handshake_deadline: seconds that a peer has for the handshake.
     :ivar peer_deadline: seconds without a sign of life after which a peer is lost.
     :ivar guest_deadline: seconds that a QEMU has for an answer.
     """
 
-    listen: tuple[Address, ...]
+    listen: tuple[Door, ...]
     monitor: str
     state_dir: Path
     direct_ports: range
     zero_copy: str
+    mptcp: bool
     insecure: bool
     handshake_deadline: float
     peer_deadline: float
@@ -205,7 +207,9 @@ _DAEMON: Mapping[str, _Read] = {
     "monitor": values.unix_path,
     "state-dir": values.path,
     "direct-ports": values.ports,
+    "listen-group": values.group,
     "zero-copy": values.zero_copy,
+    "mptcp": values.flag,
     "insecure": values.flag,
     "handshake-deadline": values.seconds,
     "peer-deadline": values.seconds,
@@ -313,12 +317,15 @@ class _Reader:
 
     def _daemon(self) -> DaemonConfig:
         found = self._section(("daemon",), _DAEMON)
+        mptcp, group = found.get("mptcp", False), found.get("listen-group")
+        listen = found.get("listen", values.listen([values.LISTEN]))
         config = DaemonConfig(
-            listen=found.get("listen", values.listen([values.LISTEN])),
+            listen=tuple(_open(door, mptcp, group) for door in listen),
             monitor=found.get("monitor", default_socket(self._environ, self._uid)[len("unix:") :]),
             state_dir=found.get("state-dir", default_state_dir(self._environ, self._uid)),
             direct_ports=found.get("direct-ports", values.ports(values.PORTS)),
             zero_copy=found.get("zero-copy", values.MEASURE),
+            mptcp=mptcp,
             insecure=found.get("insecure", False),
             handshake_deadline=found.get("handshake-deadline", 10.0),
             peer_deadline=found.get("peer-deadline", 10.0),
@@ -327,6 +334,12 @@ class _Reader:
         return config
 
     def _check_listen(self, daemon: DaemonConfig, *, secured: bool) -> None:
+        grouped = "listen-group" in self._table(("daemon",), "[daemon]")
+        if grouped and not any(isinstance(door, UnixAddress) for door in daemon.listen):
+            self._problem(
+                ("daemon", "listen-group"),
+                "[daemon] listen-group is for unix sockets, and there is none in listen",
+            )
         for address in daemon.listen:
             if not (daemon.insecure or secured or address.is_loopback):
                 self._problem(
@@ -337,7 +350,7 @@ class _Reader:
                     f"on a loopback address or, in a network that only hypervisors can reach, say "
                     f"'insecure = true'",
                 )
-            if isinstance(address, TcpAddress) and address.port in daemon.direct_ports:
+            if not isinstance(address, UnixAddress) and address.port in daemon.direct_ports:
                 self._problem(
                     ("daemon", "direct-ports"),
                     f"[daemon] direct-ports has {address.port} in it, where the daemon listens",
@@ -399,6 +412,13 @@ class _Reader:
 
     def _problem(self, key: Key, sentence: str) -> None:
         self.problems.append((key, sentence))
+
+
+def _open(door: Door, mptcp: bool, group: str | None) -> Door:
+    """Return where to listen, in the way that other keys ask for."""
+    if isinstance(door, TcpAddress):
+        return replace(door, mptcp=mptcp or door.mptcp)
+    return replace(door, group=group) if isinstance(door, UnixAddress) else door
 
 
 def _title(key: Key) -> str:

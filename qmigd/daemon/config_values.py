@@ -6,6 +6,7 @@ with the key: ``[daemon] listen`` *must be a list of strings, not a string*.
 
 from __future__ import annotations
 
+import grp
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from ..errors import ArgumentError
 from ..interfaces import COPY, MOVERS
 from ..negotiation.allow import Allow
-from ..transports.uri import DEFAULT_PORT, Address, UnixAddress, parse_uri
+from ..transports.uri import DEFAULT_PORT, Door, ExecAddress, UnixAddress, parse_uri
 
 __all__ = [
     "LISTEN",
@@ -26,6 +27,7 @@ __all__ = [
     "TlsPolicy",
     "allow",
     "flag",
+    "group",
     "guest_name",
     "kind",
     "launch",
@@ -114,7 +116,7 @@ def names(value: Any) -> tuple[str, ...]:
     return names
 
 
-def listen(value: Any) -> tuple[Address, ...]:
+def listen(value: Any) -> tuple[Door, ...]:
     """A list of addresses to listen on."""
     uris = texts(value)
     if not uris:
@@ -126,11 +128,27 @@ def listen(value: Any) -> tuple[Address, ...]:
     return addresses
 
 
-def _address(uri: str) -> Address:
+def _address(uri: str) -> Door:
     try:
-        return parse_uri(uri)
+        address = parse_uri(uri)
     except ArgumentError as error:
         raise BadValue(f"cannot be used: {error.text.rstrip('.')}") from None
+    if isinstance(address, ExecAddress):
+        raise BadValue(
+            f'cannot be "{address}": a program is what a source connects through, and nobody can '
+            f"listen on it; at its far end there is 'qmigctl connect', or a port"
+        )
+    return address
+
+
+def group(value: Any) -> str:
+    """A group of this host's users."""
+    name = text(value)
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        raise BadValue(f"names the group '{name}', which does not exist on this host") from None
+    return name
 
 
 def launch(value: Any) -> tuple[str, ...]:

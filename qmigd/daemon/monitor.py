@@ -7,27 +7,18 @@ open the socket decides where guests go, so that only the daemon's own user can.
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
-import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from twisted.internet.defer import maybeDeferred
-from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
-from twisted.logger import Logger
 
 from .. import __version__
 from ..api import COMMANDS, check_arguments, command
-from ..errors import ConfigError
 from ..qmp.server import QMPServer
+from ..transports.doors import listen_unix
 
 __all__ = ["Monitor", "Operations"]
-
-log = Logger()
 
 _Json = dict[str, Any]
 
@@ -53,7 +44,13 @@ class Operations(Protocol):
 
     async def guest_remove(self, name: str) -> None: ...
 
-    async def query_features(self, guest: str | None = None, uri: str | None = None) -> _Json: ...
+    async def query_features(
+        self,
+        guest: str | None = None,
+        uri: str | None = None,
+        tls_hostname: str | None = None,
+        argv: list[str] | tuple[str, ...] = (),
+    ) -> _Json: ...
 
     async def query_tunables(self, guest: str) -> list[_Json]: ...
 
@@ -65,6 +62,8 @@ class Operations(Protocol):
         prefer: list[str] | tuple[str, ...] = (),
         require: list[str] | tuple[str, ...] = (),
         exclude: list[str] | tuple[str, ...] = (),
+        tls_hostname: str | None = None,
+        argv: list[str] | tuple[str, ...] = (),
     ) -> _Json: ...
 
     async def query_migrate(
@@ -97,15 +96,9 @@ class Monitor:
 
         :raises ConfigError: that is not possible; the text says why.
         """
-        _make_directory(os.path.dirname(self._path))
-        _remove_stale(self._path)
-        try:
-            # Twisted sets the mode between bind and listen: nobody gets in before.
-            self._port = self._reactor.listenUNIX(self._path, self._server, mode=0o600)
-        except CannotListenError as error:
-            raise ConfigError(
-                f"The management socket {self._path} cannot be opened: {error.socketError}."
-            ) from None
+        self._port = listen_unix(
+            self._reactor, self._path, self._server, what="The management socket", key="monitor"
+        )
 
     async def stop(self) -> None:
         """Stop listening, remove the socket, and let the clients go."""
@@ -135,50 +128,3 @@ def _handler(operations: Operations, name: str) -> Any:
     if not callable(handler):
         raise TypeError(f"{type(operations).__name__} has no handler for the command '{name}'")
     return handler
-
-
-def _make_directory(directory: str) -> None:
-    if os.path.isdir(directory):
-        return
-    try:
-        Path(directory).parent.mkdir(parents=True, exist_ok=True)
-        Path(directory).mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The management socket's directory {directory} cannot be made: {error.strerror}. "
-            f"Name a place of your own as 'monitor' in [daemon], or run qmigd as root."
-        ) from None
-
-
-def _remove_stale(path: str) -> None:
-    """Remove the socket that a daemon left behind; refuse where one still answers."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigError(f"The management socket {path} cannot be used: {error}.") from None
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(
-            f"{path} is no socket, and is left alone; name another path as 'monitor' in [daemon]."
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        # On a unix socket connecting never waits, except for a full queue: EAGAIN here.
-        probe.setblocking(False)
-        code = probe.connect_ex(path)
-    if code == errno.ECONNREFUSED:
-        try:
-            os.unlink(path)
-        except OSError as error:
-            raise ConfigError(
-                f"{path} is left from a daemon that has ended and cannot be removed: "
-                f"{error.strerror}."
-            ) from None
-        log.info("removed {path}, which a daemon had left behind", path=path)
-    elif code in (0, errno.EAGAIN):
-        raise ConfigError(
-            f"Another daemon answers on {path}. Stop it first, or name another path as "
-            f"'monitor' in [daemon]."
-        )
-    elif code != errno.ENOENT:
-        raise ConfigError(f"The management socket {path} cannot be used: {os.strerror(code)}.")

@@ -38,8 +38,9 @@ from ..migration.status import Records
 from ..migration.verdicts import Verdicts
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
+from ..transports.mptcp import is_available
 from ..transports.ports import PortRange
-from ..transports.uri import Address
+from ..transports.uri import Door
 from ..wire.greeting import TLS
 from .commands import Commands
 from .config import Config, TlsConfig, load, unknown_names
@@ -193,7 +194,7 @@ class QmigdService(Service):
                 monitor=self._config.daemon.monitor,
             )
 
-    def _tls_required(self, uri: Address) -> bool:
+    def _tls_required(self, uri: Door) -> bool:
         """Whether who comes in there has to go over to TLS."""
         if self._config.tls_policy == "require":
             return True
@@ -243,7 +244,7 @@ def _host(config: Config, run_dir: Path) -> Host:
 
     :raises OSError: the run directory cannot be written to.
     """
-    facts = gather()
+    facts = replace(gather(), mptcp=_mptcp(config))
     if config.tls_policy == "off":
         if config.tls is not None:
             facts = replace(facts, tls=No("it is switched off", POLICY))
@@ -253,9 +254,20 @@ def _host(config: Config, run_dir: Path) -> Host:
     return replace(
         facts,
         tls=Yes(),
-        kernel_tls=_kernel_tls(),
+        kernel_tls=_NO_MPTCP_TLS if facts.mptcp else _kernel_tls(),
         tls_directory=str(_for_qemu(config.tls, run_dir / "tls")),
     )
+
+
+#: With Multipath TCP, any connection may turn out to be one.
+_NO_MPTCP_TLS = No("Linux does not do the TLS of Multipath TCP ('mptcp' in [daemon])", POLICY)
+
+
+def _mptcp(config: Config) -> Answer:
+    if not config.daemon.mptcp:
+        return No("it is switched off ('mptcp' in [daemon])", POLICY)
+    reason = is_available()
+    return No(reason, KERNEL) if reason else Yes()
 
 
 def _kernel_tls() -> Answer:

@@ -7,7 +7,7 @@ handed to QEMU as if there were no TLS on it.
 
 from __future__ import annotations
 
-from ..interfaces import Answer, Feature, Host, Rank
+from ..interfaces import TCP, Answer, Feature, Host, Rank
 
 __all__ = ["KernelTls", "feature"]
 
@@ -18,6 +18,7 @@ class KernelTls(Feature):
     name = "ktls"
     summary = "TLS is done by the kernel of both hosts, not by qmigd"
     requires = frozenset({"tls"})
+    transports = frozenset({TCP})
     rank = Rank.SECURITY
     abilities = frozenset({"kernel-tls"})
 

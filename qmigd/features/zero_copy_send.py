@@ -28,6 +28,7 @@ from ..interfaces import (
     CONFLICT,
     DIRECT,
     KERNEL,
+    TCP,
     Answer,
     Feature,
     GuestFacts,
@@ -73,6 +74,7 @@ class ZeroCopySend(Feature):
 
     name = "zero-copy-send"
     summary = "RAM is sent from where it is, without a copy"
+    transports = frozenset({TCP})
     requires = frozenset({"multifd"})
     excludes = frozenset({"tls"})
     paths = frozenset({DIRECT})

@@ -31,6 +31,8 @@ from ..negotiation.agree import build_plan
 from ..negotiation.obstacles import Obstacle
 from ..negotiation.plan import Plan
 from ..negotiation.terms import Terms, Traits, expect
+from ..transports.sockets import caller
+from ..transports.uri import TcpAddress, network_of
 from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from . import preflight
@@ -47,7 +49,7 @@ class Answering(Move):
     """A destination that negotiates.
 
     :ivar control: the control connection.
-    :ivar host: this host's address, as the peer has reached it; none over a unix socket.
+    :ivar at: this host's address, as the peer has reached it; ``None``: in no network.
     :ivar selected: the features in the source's Reply.
     :ivar taking: the attempt to take hold of the guest that was named.
     :ivar left_out: why features are not used.
@@ -58,15 +60,13 @@ class Answering(Move):
     """
 
     def __init__(self, services: Services, control: Control, selected: Selected) -> None:
-        peer = control.transport.getPeer()
-        host = getattr(peer, "host", None)
-        where = f"tcp:{host}:{peer.port}" if host else str(peer)
+        where = caller(control.transport)
         super().__init__(
             services, services.records.new(str(uuid.uuid4()), "", "destination", where)
         )
         self.record.peer_names = tuple(control.peer or ())
         self.control = control
-        self.host = str(getattr(control.transport.getHost(), "host", ""))
+        self.at = network_of(control.transport.getHost())
         self.selected = selected.features
         self.taking: Deferred[GuestFacts] | None = None
         self.left_out: dict[str, Obstacle] = {}
@@ -217,7 +217,8 @@ class Answering(Move):
     def _answer(self, facts: GuestFacts) -> dict[str, dict[str, Any]]:
         """Each feature's agreement; what cannot be had goes to ``left_out``."""
         agreements: dict[str, dict[str, Any]] = {}
-        host = replace(self.services.host, address=self.host)
+        address = self.at.host if isinstance(self.at, TcpAddress) else ""
+        host = replace(self.services.host, address=address)
         for name, proposal in self._proposals.items():
             feature = self.services.features[name]
             answer = feature.probe_guest(facts, "destination")
@@ -280,7 +281,7 @@ class Answering(Move):
         }
         if self.services.ports is None:
             closed.setdefault(DIRECT, "the destination offers no direct-ports")
-        if not self.host:
+        if self.at is None:
             closed.setdefault(DIRECT, "the two daemons speak over a unix socket, not a network")
         return closed
 

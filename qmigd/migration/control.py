@@ -27,7 +27,7 @@ from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteE
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
 from ..negotiation.allow import PeerNames
 from ..transports.sockets import detach, drained, limit_reads, tune_stream
-from ..transports.uri import Address
+from ..transports.uri import Reachable
 from ..waiting import with_deadline
 
 __all__ = ["HEARTBEATS", "Control", "connect_control"]
@@ -288,7 +288,7 @@ class Control(Protocol):
 
 
 async def connect_control(
-    reactor: Any, address: Address, machine: Any, deadline: float, tls: TlsSide | None = None
+    reactor: Any, address: Reachable, machine: Any, deadline: float, tls: TlsSide | None = None
 ) -> Control:
     """Connect to a peer's port.
 

@@ -94,7 +94,7 @@ class Incoming(Answering):
         _, ready = await together(
             [
                 Deferred.fromCoroutine(guest.stop()),
-                Deferred.fromCoroutine(self._path.open(self.host)),
+                Deferred.fromCoroutine(self._path.open(self.at)),
             ]
         )
         control.machine.status({"ready": True, **ready})

@@ -6,6 +6,7 @@ connection, a role header a payload channel of a migration that was negotiated b
 
 from __future__ import annotations
 
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
@@ -15,6 +16,7 @@ from ..channels.secured import TlsSide
 from ..errors import PeerGone, ProtocolError
 from ..handshake.destination import DestinationHandshake
 from ..handshake.events import Asked, ChannelOpened, Event, Failed, Selected
+from ..transports.sockets import caller
 from .control import Control
 from .destination import Incoming
 from .offer import kernel_does_tls, offered
@@ -37,7 +39,9 @@ class IncomingFactory(Factory):
         self._keep_keys = kernel_does_tls(services)
 
     def buildProtocol(self, addr: IAddress | None) -> IncomingConnection:
-        tls = self._services.security.called(keep_keys=self._keep_keys)
+        # The kernel does the TLS of TCP alone.
+        keep_keys = self._keep_keys and isinstance(addr, IPv4Address | IPv6Address)
+        tls = self._services.security.called(keep_keys=keep_keys)
         # Anew each time: what is known of this host may have become more.
         connection = IncomingConnection(self._services, offered(self._services), tls)
         connection.tls_required = self._tls_required
@@ -61,7 +65,7 @@ class IncomingConnection(Control):
             # Nobody else will tell it here: no migration has come of it.
             log.info(
                 "a connection from {peer} came to nothing: {reason}",
-                peer=self.transport.getPeer(),
+                peer=caller(self.transport),
                 reason=event.text,
             )
         if isinstance(event, ChannelOpened):

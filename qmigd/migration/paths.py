@@ -22,6 +22,7 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,8 @@ from ..handshake.channel import ChannelHandshake
 from ..interfaces import COPY, DIRECT, HANDOVER, MOVERS, RELAY, Guest, ICodec, Role
 from ..negotiation.allow import PeerNames
 from ..negotiation.plan import MAIN, Plan
-from ..transports.uri import Address, TcpAddress
+from ..transports.mptcp import carries_mptcp
+from ..transports.uri import Network, Reachable, TcpAddress
 from ..wire.greeting import TLS
 from ..wire.role import RoleHeader
 from .services import Services
@@ -107,15 +109,16 @@ class _Path:
             self.failure = error
             self._wake()
 
-    def _uri(self, host: str, port: int) -> str:
+    def _uri(self, at: Network, port: int) -> str:
         """What QEMU listens on and connects to on the path ``direct``."""
+        host = at.host if isinstance(at, TcpAddress) else ""
         for name in self._plan.features:
             agreement = self._plan.agreements[name]
             uri = self._services.features[name].uri(agreement, host, port)
             if uri is not None:
                 self.by = name
                 return uri
-        return str(TcpAddress(host, port))
+        return str(replace(at, port=port))
 
     def _codec(self) -> Callable[[], ICodec] | None:
         makers = [
@@ -169,24 +172,24 @@ class SourcePath(_Path):
         migration: str,
         secret: bytes,
         wake: Callable[[], Any],
-        peer: Address,
+        peer: Reachable,
         tls_side: Callable[..., TlsSide | None],
     ) -> None:
         super().__init__(services, plan, migration, secret, wake)
         self._peer = peer
         self._tls_side = tls_side
 
-    async def open(self, host: str, ready: Mapping[str, Any]) -> str | socket.socket:
+    async def open(self, at: Network | None, ready: Mapping[str, Any]) -> str | socket.socket:
         """Make ready.
 
-        :param host: the peer's address, as this side reached it.
+        :param at: the peer's address, as this side reached it.
         :param ready: the destination's STATUS that said so.
         """
         if self._plan.path == DIRECT:
             port = ready.get("port")
-            if not isinstance(port, int) or not 0 < port <= 0xFFFF:
+            if not isinstance(port, int) or not 0 < port <= 0xFFFF or at is None:
                 raise ProtocolError("the destination names no port for 'direct'", code="bad-json")
-            return self._uri(host, port)
+            return self._uri(at, port)
         if self._plan.path == HANDOVER:
             return _socket(await self._channel(*MAIN))
         relay = SourceRelay(
@@ -213,6 +216,15 @@ class SourcePath(_Path):
             ),
             self._services.deadlines.handshake,
         )
+        peer = self._peer
+        if isinstance(peer, TcpAddress) and peer.mptcp and not carries_mptcp(line.sock):
+            log.warn(
+                "channel {name} {index} of migration {id} is an ordinary TCP connection: "
+                "something between the two hosts does not let Multipath TCP through",
+                name=name,
+                index=index,
+                id=str(self._migration),
+            )
         return line.plain()
 
 
@@ -234,14 +246,15 @@ class DestinationPath(_Path):
         self._peer = peer if TLS in plan.features else None
         self._port: int | None = None
 
-    async def open(self, host: str) -> dict[str, Any]:
+    async def open(self, at: Network | None) -> dict[str, Any]:
         """Make ready, and return what the source has to know.
 
-        :param host: the address of this host that the source has connected to.
+        :param at: the address of this host that the source has connected to.
         :raises QmigdError: QEMU refused, or there is no free port.
         """
         if self._plan.path == DIRECT:
-            return {"port": await self._listen(host)}
+            assert at is not None  # or the path would be closed
+            return {"port": await self._listen(at)}
         if self._plan.path == RELAY:
             relay = DestinationRelay(
                 self._services.reactor,
@@ -257,13 +270,13 @@ class DestinationPath(_Path):
             self._expect([MAIN], self._hand_over)
         return {}
 
-    async def _listen(self, host: str) -> int:
+    async def _listen(self, at: Network) -> int:
         ports = self._services.ports
         assert ports is not None
         refusals: list[GuestError] = []
-        for port in ports.candidates(host):
+        for port in ports.candidates(at):
             try:
-                await self._guest.incoming(self._uri(host, port))
+                await self._guest.incoming(self._uri(at, port))
             except GuestError as error:
                 if refusals and error.text == refusals[-1].text:
                     break

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -23,10 +24,13 @@ from ..errors import FeatureError, GuestError, MigrationError, ProtocolError
 from ..handshake.events import FeatureSaid, Prepared, Secured
 from ..handshake.source import SourceHandshake
 from ..interfaces import (
+    DIRECT,
     HANDOVER,
     HOST,
+    PATH,
     PATHS,
     QEMU,
+    TCP,
     Examined,
     GuestFacts,
     No,
@@ -38,7 +42,8 @@ from ..negotiation.obstacles import Obstacle
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Terms, Traits, expect
-from ..transports.uri import Address
+from ..transports.programs import Programs
+from ..transports.uri import Address, ExecAddress, Reachable, TcpAddress, network_of
 from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
@@ -58,6 +63,13 @@ _NOT_MOVABLE = {
     "shutdown": "it has shut down",
 }
 
+#: Transports over which one QEMU cannot connect to the other, and why.  Over vsock it can.
+_NO_NETWORK = {
+    "unix": "the two daemons speak over a unix socket, whose other end may be forwarded, and not "
+    "over a network in which the QEMUs have addresses",
+    "exec": "a program carries the connections, and only it knows where the destination is",
+}
+
 #: Until the destination says more.
 _NOT_OFFERED = Obstacle("its qmigd does not offer it", HOST, "destination")
 
@@ -72,6 +84,10 @@ class Proposing(Move):
     """A source that negotiates.
 
     :ivar uri: where the peer listens.
+    :ivar transport: by which it is reached, out of :data:`~qmigd.interfaces.TRANSPORTS`.
+    :ivar reached: where it was reached at: of a name with several addresses, the one that is
+        this very host.
+    :ivar programs: what carries the connections of ``exec:``, or ``None``.
     :ivar control: the control connection, once there is one.
     :ivar calling: the attempt to make it.
     :ivar left_out: why features are not used.
@@ -93,7 +109,15 @@ class Proposing(Move):
         tls_hostname: str | None = None,
     ) -> None:
         super().__init__(services, record)
-        self.uri = uri
+        self.programs: Programs | None = None
+        self.uri: Reachable
+        if isinstance(uri, ExecAddress):
+            owner = f"migration {record.id} of guest {record.guest}"
+            self.uri = self.programs = Programs(services.reactor, uri.argv, str(uri), owner)
+        else:
+            self.uri = uri
+        self.reached: Reachable = self.uri
+        self.transport = str(uri).partition(":")[0]
         self.policy = policy
         self.tunables = tunables
         self.calling: Deferred[list[str]] | None = None
@@ -104,8 +128,8 @@ class Proposing(Move):
         self.was_running = True
         self.cancelled: str | None = None
         self.baseline = False
-        # Over a unix socket there is no name but one that is given.
-        self.hostname = tls_hostname or str(getattr(uri, "host", ""))
+        # But over TCP there is no name but one that is given.
+        self.hostname = tls_hostname or (uri.host if isinstance(uri, TcpAddress) else "")
 
     @property
     def in_tls(self) -> bool:
@@ -115,7 +139,7 @@ class Proposing(Move):
     def tls_side(self, *, payload: bool = False) -> TlsSide | None:
         """What is done where a connection to the peer goes over to TLS."""
         services = self.services
-        keep = payload and kernel_does_tls(services, self.policy)
+        keep = payload and self.transport == TCP and kernel_does_tls(services, self.policy)
         return services.security.calling(self.hostname, keep_keys=keep)
 
     async def _call(self) -> list[str]:
@@ -132,6 +156,9 @@ class Proposing(Move):
             self.services.reactor, self.uri, machine, deadline, self.tls_side()
         )
         self.control = control
+        at = network_of(control.transport.getPeer())
+        if isinstance(self.uri, TcpAddress) and isinstance(at, TcpAddress):
+            self.reached = replace(at, mptcp=self.uri.mptcp)
         greeted = await control.greeted(deadline)
         candidates = self._candidates(greeted.features)
         machine.reply(candidates)
@@ -153,10 +180,15 @@ class Proposing(Move):
                 HOST,
                 "source",
             )
-        for name in self.services.features:
+        for name, feature in self.services.features.items():
             if name in self.left_out:
                 continue
-            if name in offered:
+            if self.transport not in feature.transports:
+                able = " or ".join(sorted(feature.transports))
+                self.left_out[name] = Obstacle(
+                    f"it goes over {able} only, and the peer is reached over {self.transport}", PATH
+                )
+            elif name in offered:
                 candidates.append(name)
             else:
                 self.left_out[name] = _NOT_OFFERED
@@ -257,7 +289,9 @@ class Proposing(Move):
     def _closed_paths(self, any_feature: bool) -> dict[str, str]:
         closed = {}
         for path in PATHS:
-            if path in self.policy.exclude:
+            if path == DIRECT and self.transport in _NO_NETWORK:
+                closed[path] = _NO_NETWORK[self.transport]
+            elif path in self.policy.exclude:
                 closed[path] = "excluded by the source's policy"
             elif not any_feature and path != HANDOVER:
                 closed[path] = "no feature was selected, so the stream takes this very connection"

@@ -54,6 +54,7 @@ class Settling(Proposing):
         self._outcome: Outcome | None = None
         self._stage = ""
         self._lingers = False
+        self._asked = -1
 
     async def _ask(self) -> None:
         """RELEASE was sent and the connection lost: find out whether the guest arrived."""
@@ -61,9 +62,11 @@ class Settling(Proposing):
         end = self.now() + self.services.deadlines.ask
         while self._peer is Peer.UNKNOWN and self.now() < end:
             try:
+                self._asked += 1
                 answer = await ask(
                     self.services.reactor,
-                    self.uri,
+                    # Where it was reached before; or else wherever its name leads.
+                    self.uri if self._asked % 2 else self.reached,
                     self.record.id,
                     self.secret,
                     self.services.deadlines.handshake,
@@ -90,6 +93,7 @@ class Settling(Proposing):
             if error is None and self.services.source_after == "quit":
                 step = await self._quit()
             self._leave()
+        await self._end_programs(error)
         status = "completed"
         if error is not None:
             status = "cancelled" if isinstance(error, Cancelled) else "failed"
@@ -103,6 +107,16 @@ class Settling(Proposing):
         self.record.end(status, step, error)
         if error is not None and self._lingers:
             Deferred.fromCoroutine(self._recover_late(error))
+
+    async def _end_programs(self, error: QmigdError | None) -> None:
+        """Leave none of the programs that have carried the connections.
+
+        :param error: gets to say what they have said to it.
+        """
+        if self.programs is not None:
+            if error is not None and not isinstance(error, Cancelled):
+                await self.programs.explain(error)
+            await self.programs.end()
 
     def _leave(self) -> None:
         """There is nothing left to be done."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock
@@ -45,7 +46,7 @@ from ..interfaces import (
 )
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
-from ..transports.uri import Address
+from ..transports.uri import Address, Reachable, TcpAddress, network_of
 from .move import OVER
 from .ownership import SAID, Peer, Released
 from .paths import SourcePath
@@ -116,6 +117,7 @@ class Outgoing(Settling):
             if self.control is not None:
                 self._part(error)
             self.let_go()
+            await self._end_programs(error)
 
     def cancel(self, reason: str) -> None:
         """Ask for the end.
@@ -228,18 +230,26 @@ class Outgoing(Settling):
         control.flush()
         self.record.update(step="moving RAM")
         if self.baseline:
-            await guest.migrate(await control.take_socket())
+            channel: str | socket.socket = await control.take_socket()
+            self._hand_to_qemu(channel)
+            await guest.migrate(channel)
             self.record.under_way()
         else:
             control.listen(self._said)
             control.stay_alive(services.deadlines.peer)
             await self._until_ready()
             self._path = SourcePath(
-                services, plan, self.record.id, self.secret, self.wake, self.uri, self.tls_side
+                services,
+                plan,
+                self.record.id,
+                self.secret,
+                self.wake,
+                self._payload_address(plan),
+                self.tls_side,
             )
-            # Over a unix socket there is none, and the plan does without.
-            host = str(getattr(control.transport.getPeer(), "host", ""))
-            channel = await self._path.open(host, self._ready or {})
+            at = network_of(control.transport.getPeer())
+            channel = await self._path.open(at, self._ready or {})
+            self._hand_to_qemu(channel)
             await self._set_off(channel)
             self.record.under_way()
             self.record.can_postcopy = any(
@@ -250,6 +260,17 @@ class Outgoing(Settling):
             self.record.owner = "destination"
         else:
             await self._hand_over()
+
+    def _payload_address(self, plan: Plan) -> Reachable:
+        """Where payload channels are opened, and by which protocol."""
+        if not isinstance(self.reached, TcpAddress):
+            return self.reached
+        abilities = [self.services.features[name].abilities for name in plan.features]
+        return replace(self.reached, mptcp=any("multipath" in each for each in abilities))
+
+    def _hand_to_qemu(self, channel: str | socket.socket) -> None:
+        if self.programs is not None and isinstance(channel, socket.socket):
+            self.programs.hand_over(channel)
 
     async def _set_off(self, channel: str | socket.socket) -> None:
         """Tell QEMU to migrate; some transports are connected before it answers."""

@@ -19,7 +19,7 @@ from ..handshake.events import Asked, Outcome, Secured
 from ..handshake.source import SourceHandshake
 from ..negotiation.allow import PeerNames
 from ..negotiation.terms import expect
-from ..transports.uri import Address
+from ..transports.uri import Reachable
 from ..wire.greeting import TLS
 from ..wire.role import RoleHeader
 from .control import connect_control
@@ -93,7 +93,7 @@ def _proof(migration: str, secret: bytes) -> str:
 
 async def ask(
     reactor: Any,
-    peer: Address,
+    peer: Reachable,
     migration: str,
     secret: bytes,
     deadline: float,

@@ -8,7 +8,9 @@ socket has to leave the reactor whole (:func:`detach`).
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import struct
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
@@ -19,11 +21,25 @@ from zope.interface import implementer
 
 from qmigd.errors import LocalError, PeerGone
 
-__all__ = ["detach", "drained", "limit_reads", "set_send_buffer", "tcp_pair", "tune_stream"]
+from .mptcp import IPPROTO_MPTCP
+from .uri import network_of
+
+__all__ = [
+    "caller",
+    "detach",
+    "drained",
+    "limit_reads",
+    "set_send_buffer",
+    "tcp_pair",
+    "tune_stream",
+]
 
 #: SO_SNDBUFFORCE of Linux, which the socket module does not name: SO_SNDBUF without
 #: net.core.wmem_max as its limit, for who has CAP_NET_ADMIN.
 _SO_SNDBUFFORCE: Final = 32
+
+#: struct ucred (unix(7)): process, user, group.
+_UCRED: Final = struct.Struct("3i")
 
 # Keepalive for a connection on which nothing moves: a dead host is noticed after
 # IDLE + COUNT * INTERVAL seconds, 90.  What is quicker than that is the control
@@ -31,6 +47,24 @@ _SO_SNDBUFFORCE: Final = 32
 _KEEPALIVE_IDLE: Final = 30
 _KEEPALIVE_INTERVAL: Final = 10
 _KEEPALIVE_COUNT: Final = 6
+
+
+def caller(transport: Any) -> str:
+    """Return who has connected, for people: an address, or on a unix socket a process.
+
+    :param transport: of a connection that was accepted.
+    """
+    at = network_of(transport.getPeer())
+    if at is not None:
+        return str(at)
+    sock = transport.getHandle()
+    try:
+        pid, uid, _ = _UCRED.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
+        return f"unix:{sock.getsockname()} (process {pid} of user {uid})"
+    except OSError:  # it has gone
+        return "unix:"
 
 
 def limit_reads(transport: Any, wanted: int) -> None:
@@ -122,11 +156,17 @@ def tune_stream(sock: socket.socket) -> None:
     """
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Multipath TCP has got its options one by one: Linux 6.1 knows no times for keepalive.
+    optional = (OSError,) if sock.proto == IPPROTO_MPTCP else ()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_COUNT)
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE),
+        (socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL),
+        (socket.TCP_KEEPCNT, _KEEPALIVE_COUNT),
+    ):
+        with contextlib.suppress(*optional):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

@@ -1,0 +1,347 @@
+"""Programs that carry connections: ``exec:``, one process for each connection.
+
+A program is run with one end of a pair of unix sockets as both its standard input and its
+standard output; the other end is the connection.  What it prints on its standard error
+output goes to the log by line, and into the error of a migration that fails.  Each program
+leads a session and process group of its own, without a terminal on which it could ask for
+a password, and every group is ended with the migration that it was started for::
+
+    connection closed    the program reads the end of its input, and has a moment to end
+    SIGTERM              then, to the group; which has another moment
+    SIGKILL              to whatever is left of the group
+
+A leader that has ended is not reaped before that: as long as it is a zombie, no other
+group can have its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectError
+from twisted.internet.interfaces import (
+    IProtocol,
+    IProtocolFactory,
+    IReadDescriptor,
+    IStreamClientEndpoint,
+)
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from qmigd.errors import DeadlineError, MigrationError, PeerGone, QmigdError
+
+__all__ = ["Programs"]
+
+log = Logger()
+
+#: Seconds that a program has to end once its connection is closed: more than the control
+#: connection keeps its half open for a peer that was refused.
+GRACE = 3.0
+#: Seconds that it has to end after SIGTERM.
+TERMINATION = 1.0
+#: Seconds that a program whose connection broke has to end, so that it can be said why.
+VERDICT = 1.0
+
+#: Characters of a line that are logged, and of the last lines that get into an error.
+_LINE = 1000
+_SAID = 400
+#: Lines that are kept for an error.
+_LINES = 3
+
+#: Bytes that a pipe holds, unless somebody changes that (pipe(7)).
+_PIPE = 65536
+
+
+class Programs:
+    """The programs of one migration: all run the same command, each for one connection."""
+
+    def __init__(self, reactor: Any, argv: tuple[str, ...], uri: str, owner: str) -> None:
+        """
+        :param argv: the program and its arguments.
+        :param uri: what stands for them in texts for people.
+        :param owner: which migration it is, for the log.
+        """
+        self._reactor = reactor
+        self._argv = argv
+        self._uri = uri
+        self._owner = owner
+        self._programs: list[_Program] = []
+        self._waiting: list[Deferred[None]] = []
+        self._shutdown: Any = None
+
+    def __str__(self) -> str:
+        return self._uri
+
+    def client(self, reactor: object, timeout: float = 30.0) -> IStreamClientEndpoint:
+        """What starts a program, and connects to it."""
+        return _ProgramEndpoint(self._connect)
+
+    def hand_over(self, sock: socket.socket) -> None:
+        """A connection is QEMU's from here on: its program stays when the daemon is stopped."""
+        inode = os.fstat(sock.fileno()).st_ino
+        for program in self._programs:
+            program.handed_over |= program.connection == inode
+
+    async def explain(self, error: QmigdError) -> None:
+        """Add to the error of a migration what the programs have to say to it."""
+        if not isinstance(error, PeerGone | DeadlineError | MigrationError):
+            return
+        # The end of a connection is seen before that of its program.
+        await self._until(lambda: any(one.failed for one in self._programs), VERDICT)
+        told = (
+            [one for one in self._programs if one.failed]
+            or [one for one in self._programs if one.ended]
+            or [one for one in self._programs if one.said]
+        )
+        if told:
+            error.text = f"{error.text.rstrip('.')}; {told[0].describe()}"
+
+    async def end(self, grace: float = GRACE) -> None:
+        """End all of them.  Returns when nothing is left; harmless when repeated.
+
+        :param grace: seconds that they have to end by themselves, their connections being
+            closed.
+        """
+        await self._end(self._programs, grace)
+        self._programs = []
+        if self._shutdown is not None:
+            trigger, self._shutdown = self._shutdown, None
+            with contextlib.suppress(ValueError, KeyError):  # the daemon is just being stopped
+                self._reactor.removeSystemEventTrigger(trigger)
+
+    async def _end(self, programs: list[_Program], grace: float) -> None:
+        def ended() -> bool:
+            return all(one.ended for one in programs)
+
+        if not await self._until(ended, grace):
+            for program in programs:
+                program.signal(signal.SIGTERM)
+            await self._until(ended, TERMINATION)
+        for program in programs:
+            program.close()
+
+    def _stopped(self) -> Deferred[None]:
+        """The daemon is stopped, and what carries its connections ends with it."""
+        left = [one for one in self._programs if not one.handed_over]
+        return Deferred.fromCoroutine(self._end(left, 0.0))
+
+    def _connect(self, factory: IProtocolFactory) -> IProtocol:
+        """:raises ConnectError: it cannot be started."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            try:
+                program = _Program(self._reactor, self._argv, theirs, ours, self._owner, self._news)
+            except OSError as error:
+                raise ConnectError(
+                    string=f"the program '{self._argv[0]}' cannot be started: {error.strerror}"
+                ) from None
+            self._programs.append(program)
+            if self._shutdown is None:
+                self._shutdown = self._reactor.addSystemEventTrigger(
+                    "before", "shutdown", self._stopped
+                )
+            ours.setblocking(False)
+            transport = self._reactor.adoptStreamConnection(ours.fileno(), ours.family, factory)
+        protocol: IProtocol = transport.protocol
+        return protocol
+
+    def _news(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each.callback(None)
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait for something that the end of a program may bring; returns whether it is so."""
+        end = self._reactor.seconds() + seconds
+        while not condition():
+            left = end - self._reactor.seconds()
+            if left <= 0 or all(one.ended for one in self._programs):
+                return False
+            news: Deferred[None] = Deferred()
+            self._waiting.append(news)
+            timer = self._reactor.callLater(left, self._news)
+            await news
+            if timer.active():
+                timer.cancel()
+        return True
+
+
+@implementer(IStreamClientEndpoint)
+class _ProgramEndpoint:
+    def __init__(self, connect: Callable[[IProtocolFactory], IProtocol]) -> None:
+        self._connect = connect
+
+    def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
+        done: Deferred[IProtocol] = Deferred()
+        try:
+            done.callback(self._connect(protocolFactory))
+        except ConnectError:
+            done.errback(Failure())
+        return done
+
+
+class _Program:
+    """One program, and the process group that it leads.
+
+    :ivar connection: the inode of the connection's end that is not the program's.
+    :ivar handed_over: that end is QEMU's.
+    :ivar ended: the program itself has ended.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        argv: tuple[str, ...],
+        theirs: socket.socket,
+        ours: socket.socket,
+        owner: str,
+        on_end: Callable[[], None],
+    ) -> None:
+        """:raises OSError: it cannot be started."""
+        self.connection = os.fstat(ours.fileno()).st_ino
+        self.handed_over = False
+        self.ended = False
+        self._argv = argv
+        self._owner = owner
+        self._on_end = on_end
+        self._outcome: tuple[int, int] | None = None
+        self._told_to_end = False
+        self._lines: deque[str] = deque(maxlen=_LINES)
+        self._rest = b""
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._child = subprocess.Popen(
+                argv,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=writing,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        os.set_blocking(reading, False)
+        self._errors = _Readable(reactor, reading, self._read)
+        self._end = _Readable(reactor, os.pidfd_open(self._child.pid), self._note_end)
+
+    # how it goes
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with anything but success, and not because it was told to."""
+        return self._outcome not in (None, (os.CLD_EXITED, 0))
+
+    @property
+    def said(self) -> str:
+        """The last of what it has printed, on one line."""
+        return " | ".join(self._lines)[-_SAID:]
+
+    def describe(self) -> str:
+        """Return what there is to be said of it, half a sentence."""
+        name = f"'{shlex.join(self._argv)}'"
+        if self._argv[:2] == ("/bin/sh", "-c"):
+            name = f"'{self._argv[2]}'"
+        if self._outcome is None:
+            return f"{name} says: {self.said}"
+        kind, number = self._outcome
+        how = f"exit code {number}" if kind == os.CLD_EXITED else f"signal {number}"
+        return f"{name} ended with {how}: {self.said or 'it said nothing'}"
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._errors.fileno(), _PIPE)
+        except BlockingIOError:
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if not data or len(self._rest) > _LINE:
+            lines.append(self._rest)
+            self._rest = b""
+        for line in lines:
+            self._say(line)
+        if not data:
+            self._errors.close()
+
+    def _say(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace").strip()[:_LINE]
+        text = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+        if text:
+            self._lines.append(text)
+            log.info(
+                "{owner}: program {pid}: {line}", owner=self._owner, pid=self._child.pid, line=text
+            )
+
+    def _note_end(self) -> None:
+        found = os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if found is None:
+            return
+        self._end.close()
+        # What it has said last is in the pipe already, and behind it the pipe's end, unless
+        # somebody else in its group can still write.
+        for _ in range(2):
+            if self._errors.open:
+                self._read()
+        self.ended = True
+        if not self._told_to_end:
+            self._outcome = (found.si_code, found.si_status)
+        self._on_end()
+
+    # the end
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to its whole group."""
+        if self._child.returncode is None:
+            self._told_to_end = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, number)
+
+    def close(self) -> None:
+        """Kill what is left of its group, and reap it; harmless when repeated."""
+        self.signal(signal.SIGKILL)
+        self._child.wait()  # it was killed: this takes no time
+        self._end.close()
+        self._errors.close()
+
+
+@implementer(IReadDescriptor)
+class _Readable:
+    """A descriptor that the reactor watches; closed, it is closed for good."""
+
+    def __init__(self, reactor: Any, descriptor: int, read: Callable[[], None]) -> None:
+        self._reactor = reactor
+        self._descriptor = descriptor
+        self._read = read
+        reactor.addReader(self)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    @property
+    def open(self) -> bool:
+        return self._descriptor >= 0
+
+    def doRead(self) -> None:
+        self._read()
+
+    def close(self) -> None:
+        if self.open:
+            self._reactor.removeReader(self)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Part of the interface; neither a pipe nor a pidfd is lost."""
+
+    def logPrefix(self) -> str:
+        return "program"

@@ -1,0 +1,249 @@
+"""Guests moved through programs: ``exec:`` at the source, ``qmigctl connect`` at the far end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.rig import ssh
+from tests.rig.certificates import Authority
+from tests.rig.news import ask_until, wait_until
+from tests.rig.pair import SLOW, Pair, PairCase
+from tests.rig.process import Process, temporary_directory
+from tests.rig.processes import processes_with
+
+_QMIGCTL = os.path.join(os.path.dirname(sys.executable), "qmigctl")
+
+
+class ExecCase(PairCase):
+    """A destination that listens on a unix socket only."""
+
+    def exec_pair(self, *labels: str, **options: Any) -> Pair:
+        self.directory = Path(temporary_directory())
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.peer = self.directory / "peer"
+        there = {"listen": [f"unix:{self.peer}"], **options.pop("there", {})}
+        return self.pair(*labels, there=there, **options).start()
+
+    @property
+    def far_end(self) -> list[str]:
+        return [_QMIGCTL, "connect", str(self.peer)]
+
+    @property
+    def uri(self) -> str:
+        return f"exec:{shlex.join(self.far_end)}"
+
+    def nothing_left(self, word: str = "") -> None:
+        """Check that no program is left of those that were run."""
+        self.assertEqual(processes_with(word or str(self.directory)), {})
+
+
+class PathTests(ExecCase):
+    """Each path that programs can carry, with each QEMU."""
+
+    def check(self, pair: Pair, path: str, mode: str, **more: Any) -> dict[str, Any]:
+        entry = pair.move(path, mode, uri=self.uri, **more)
+        pair.prove_moved()
+        self.nothing_left()
+        return entry["plan"]
+
+    def test_handover(self) -> None:
+        """QEMU 7.2 takes its end of a pair of unix sockets, and gives it up for postcopy."""
+        self.check(self.exec_pair("7.2", "10.0"), "handover", "postcopy")
+
+    def test_handover_newer(self) -> None:
+        """So do QEMU 10.0 and 11."""
+        self.check(self.exec_pair("10.0", "11"), "handover", "precopy")
+
+    def test_handover_newest(self) -> None:
+        """And in postcopy."""
+        self.check(self.exec_pair("11"), "handover", "postcopy")
+
+    def test_relay(self) -> None:
+        """A program for each of several channels; why not another path is said."""
+        plan = self.check(self.exec_pair("10.0"), "relay", "multifd", require=["multifd"])
+        self.assertGreater(len(plan["channels"]), 2)
+        self.assertIn("not direct: a program carries the connections", plan["path-reason"])
+
+    def test_baseline(self) -> None:
+        """With no feature the program of the control connection carries the stream."""
+        self.check(self.exec_pair("7.2"), "baseline", "precopy")
+
+    def test_tls(self) -> None:
+        """TLS goes through programs as through anything else, for the name that was given."""
+        authority = Authority(self.mktemp())
+        pair = self.exec_pair("7.2")
+        for daemon, name in ((pair.here, "hosta.example"), (pair.there, "hostb.example")):
+            daemon.config["tls"] = authority.host(name).table()
+            daemon.restart()
+        entry = pair.move("relay", uri=self.uri, tls_hostname="hostb.example")
+        self.assertIn("tls", entry["plan"]["features"])
+        self.assertIn("it goes over tcp only", _reason(entry, "zero-copy-send"))
+        self.nothing_left()
+
+
+def _reason(entry: dict[str, Any], feature: str) -> str:
+    return next(
+        str(left["reason"]) for left in entry["plan"]["left-out"] if left["name"] == feature
+    )
+
+
+class SshTests(ExecCase):
+    """The real thing: every channel through ssh, and nothing else."""
+
+    def check(self, *options: str, argv: bool) -> tuple[int, dict[str, Any]]:
+        """Move a guest with several channels; returns how often somebody has logged in."""
+        ssh.require()
+        pair = self.exec_pair("10.0")
+        directory = Path(self.mktemp())
+        directory.mkdir()
+        prepared = ssh.prepare(directory.absolute())
+        log = f"{directory}/log"
+        server = Process.start([*prepared.server, "-o", "LogLevel=INFO"], log=log)
+        self.addCleanup(server.close)
+        wait_until(lambda: "Server listening" in _text(log), lambda: _text(log))
+
+        words = [*prepared.client, *options, ssh.HOST, *self.far_end]
+        how: dict[str, Any] = {"uri": f"exec:{shlex.join(words)}"}
+        if argv:
+            how = {"uri": "exec:", "argv": words}
+        entry = pair.move("relay", "multifd", **how)
+        pair.prove_moved()
+        self.nothing_left()
+        self.nothing_left(str(directory / "client"))
+        return _text(log).count("Accepted publickey"), entry
+
+    def test_one_handshake(self) -> None:
+        """With ControlMaster there is one handshake of ssh's, however many channels there are."""
+        control = f"{temporary_directory()}/%C"
+        self.addCleanup(os.rmdir, os.path.dirname(control))
+        logins, entry = self.check(
+            *("-o", "ControlMaster=auto", "-o", f"ControlPath={control}"), argv=True
+        )
+        self.assertGreater(len(entry["plan"]["channels"]), 2)
+        self.assertEqual(logins, 1)
+        self.assertEqual(os.listdir(os.path.dirname(control)), [])
+
+    def test_plain(self) -> None:
+        """Without it there is one for each, and one for the control connection."""
+        logins, entry = self.check(argv=False)
+        self.assertEqual(logins, 1 + len(entry["plan"]["channels"]))
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""
+
+
+class FailureTests(ExecCase):
+    """Programs that fail: the guest goes on at the source, and the error says what they said."""
+
+    def check(self, pair: Pair, uri: str, *said: str, **arguments: Any) -> str:
+        pair.begin("relay", uri=uri, **arguments)
+        error = pair.failed(pair.here)
+        for words in said:
+            self.assertIn(words, error)
+        pair.prove_stayed()
+        return error
+
+    def test_cannot_be_used(self) -> None:
+        """One that is not there, fails with words or without, or ends; then the right one."""
+        pair = self.exec_pair("7.2")
+        missing = "the program '/no/such' cannot be started: No such file or directory"
+        self.check(pair, "exec:", missing, argv=["/no/such", "hostb"])
+        script = "echo Unknown host hostb >&2; echo Giving up >&2; exit 255"
+        self.check(
+            pair,
+            f"exec:{script}",
+            f"'{script}' ended with exit code 255: Unknown host hostb | Giving up",
+        )
+        self.assertIn(": Unknown host hostb\n", pair.here.log)
+        self.check(pair, "exec:kill -9 $$", "ended with signal 9: it said nothing")
+        self.check(pair, "exec:true", "'true' ended with exit code 0: it said nothing")
+        self.check(pair, "exec:echo SSH-2.0-OpenSSH", "b'SSH-2.0-Open' came")
+        nowhere = f"{_QMIGCTL} connect /nowhere"
+        self.check(pair, f"exec:{nowhere}", "ended with exit code 3: qmigctl: There is no socket")
+        pair.move("relay", uri=self.uri)
+        pair.prove_moved()
+
+    def test_silent(self) -> None:
+        """One that carries nothing is ended at the deadline, with all that it has started."""
+        pair = self.exec_pair("7.2", here={"handshake-deadline": 0.5})
+        word = f"98765.{os.getpid()}"
+        script = f"echo Waiting >&2; trap '' TERM; sleep {word} & sleep {word}; sleep {word}"
+        error = self.check(pair, f"exec:{script}", "the peer's greeting did not come within 0.5")
+        self.assertIn("says: Waiting", error)
+        self.nothing_left(word)
+
+    def test_killed(self) -> None:
+        """One that is killed in the middle of a move."""
+        pair = self.exec_pair("10.0")
+        pair.begin("relay", "multifd", uri=self.uri, bandwidth=SLOW)
+        pair.wait_pass(1)
+        for process in processes_with(str(self.peer)):
+            os.kill(process, signal.SIGKILL)
+        self.assertIn("ended with signal 9", pair.failed(pair.here))
+        pair.prove_stayed()
+        self.nothing_left(str(self.peer))
+
+    def test_cancelled(self) -> None:
+        """A move that is cancelled leaves none."""
+        pair = self.exec_pair("7.2")
+        pair.begin("relay", uri=self.uri, bandwidth=SLOW)
+        pair.wait_pass(1)
+        pair.cancel()
+        self.assertEqual(pair.ended(pair.here)["status"], "cancelled")
+        self.nothing_left(str(self.peer))
+        pair.prove_stayed()
+
+    def test_stopped(self) -> None:
+        """A daemon that is stopped, or killed, leaves none; the guest goes on."""
+        for end in ("stop", "kill"):
+            pair = self.exec_pair("7.2")
+            pair.begin("relay", uri=self.uri, bandwidth=SLOW)
+            pair.wait_pass(1)
+            getattr(pair.here, end)()
+            ask_until(lambda: not processes_with(str(self.peer)), "the programs to end")
+            pair.here.start()
+            pair.source.wait_running()
+            pair.source.check_ram()
+
+    def test_handed_over(self) -> None:
+        """A program whose connection is QEMU's goes on without the daemon, as QEMU does."""
+        pair = self.exec_pair("7.2")
+        pair.begin("baseline", uri=self.uri, bandwidth=SLOW)
+        pair.wait_pass(1)
+        pair.here.stop()
+        self.assertTrue(processes_with(str(self.peer)))
+        pair.source.qmp("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+        wait_until(pair.destination.running, "the guest to arrive")
+        ask_until(lambda: not processes_with(str(self.peer)), "the program to end")
+        pair.destination.check_ram()
+
+
+class DoorTests(ExecCase):
+    """The unix socket of a destination."""
+
+    def test_group(self) -> None:
+        """It is the daemon's user's, and a group's where one is named."""
+        pair = self.exec_pair("7.2", there={"listen-group": "daemon"})
+        status = self.peer.stat()
+        self.assertEqual((status.st_mode & 0o777, status.st_gid), (0o660, 1))
+        del pair.there.config["daemon"]["listen-group"]
+        pair.there.restart()
+        self.assertEqual(self.peer.stat().st_mode & 0o777, 0o600)
+
+    def test_left_behind(self) -> None:
+        """What a daemon that was killed has left is no obstacle to the next one."""
+        pair = self.exec_pair("7.2")
+        pair.there.kill()
+        self.assertTrue(self.peer.is_socket())
+        pair.there.start()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.peer))
+            self.assertTrue(sock.recv(12).startswith(b"QEMU-MIGRATE"))
