@@ -23,7 +23,7 @@ from qmigd.daemon.toml_lines import find_lines
 from qmigd.errors import ArgumentError, ConfigError
 from qmigd.negotiation.allow import Allow
 from qmigd.negotiation.policy import Policy
-from qmigd.transports.uri import TcpAddress, UnixAddress
+from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress
 
 ENVIRON = {"PATH": os.environ.get("PATH", "/bin:/usr/bin"), "HOME": "/home/u"}
 EXAMPLE = Path(__file__).parents[1] / "conf" / "qmigd.toml"
@@ -43,6 +43,7 @@ class GoodFileTests(SynchronousTestCase):
         self.assertEqual(Path("/var/lib/qmigd"), daemon.state_dir)
         self.assertEqual(range(49152, 49216), daemon.direct_ports)
         self.assertEqual("measure", daemon.zero_copy)
+        self.assertFalse(daemon.mptcp)
         self.assertFalse(daemon.insecure)
         self.assertEqual(
             (10.0, 10.0, 10.0),
@@ -58,7 +59,9 @@ class GoodFileTests(SynchronousTestCase):
         config = read(
             """
             [daemon]
-            listen = ["tcp:0.0.0.0:99", "unix:/run/x"]
+            listen = ["tcp:0.0.0.0:99", "unix:/run/x", "vsock::99"]
+            listen-group = "daemon"
+            mptcp = true
             monitor = "unix:/run/m"
             state-dir = "/srv/q"
             direct-ports = "1000-1001"
@@ -85,7 +88,15 @@ class GoodFileTests(SynchronousTestCase):
             """
         )
         daemon = config.daemon
-        self.assertEqual((TcpAddress("0.0.0.0", 99), UnixAddress("/run/x")), daemon.listen)
+        self.assertEqual(
+            (
+                TcpAddress("0.0.0.0", 99, mptcp=True),
+                UnixAddress("/run/x", "daemon"),
+                VsockAddress(None, 99),
+            ),
+            daemon.listen,
+        )
+        self.assertTrue(daemon.mptcp)
         self.assertEqual("/run/m", daemon.monitor)
         self.assertEqual(Path("/srv/q"), daemon.state_dir)
         self.assertEqual(range(1000, 1002), daemon.direct_ports)
@@ -138,7 +149,8 @@ class GoodFileTests(SynchronousTestCase):
         keys = {line.partition("=")[0].strip() for line in shown if "=" in line}
         self.assertEqual(
             {
-                "listen", "monitor", "state-dir", "direct-ports", "zero-copy", "insecure",
+                "listen", "listen-group", "mptcp", "monitor", "state-dir", "direct-ports",
+                "zero-copy", "insecure",
                 "handshake-deadline", "peer-deadline", "guest-deadline",
                 "certificate", "key", "ca", "allow",
                 "tls", "prefer", "require", "exclude", "source-after", "qmp", "launch",
@@ -313,6 +325,12 @@ class BadFileTests(SynchronousTestCase):
             ('listen = ["tcp:[::1"]', "cannot be used"),
             ('listen = ["rdma:h:1"]', "cannot be used"),
             ('listen = ["tcp:localhost", "tcp:localhost:16516"]', "twice"),
+            ('listen = ["exec:ssh hostb"]', "nobody can listen on it"),
+            ('listen = ["vsock:host"]', "is not vsock:CID:PORT"),
+            ('listen = ["vsock:1:49152"]', "has 49152 in it, where the daemon listens"),
+            ('listen-group = "daemon"', "for unix sockets, and there is none in listen"),
+            ('listen = ["unix:/a"]\nlisten-group = "no such"', "does not exist on this host"),
+            ("mptcp = 1", "must be true or false"),
             ('monitor = "/run/q"', "cannot be used"),
             ('monitor = "tcp:localhost:1"', 'must be a unix socket with its whole path, "unix:/'),
             ('monitor = "unix:q.sock"', 'must be a unix socket with its whole path, "unix:/'),

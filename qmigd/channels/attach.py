@@ -23,8 +23,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.interfaces import IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.protocol import Protocol as Connection
@@ -121,6 +121,8 @@ async def _open(endpoint: IStreamClientEndpoint, machine: Secured) -> Line:
         await endpoint.connect(Factory.forProtocol(lambda: opener))
     except (ConnectError, DNSLookupError) as error:
         raise PeerGone(f"The peer cannot be reached for a payload channel: {error}") from None
+    except ConnectingCancelledError:  # Twisted's word for it, where a name is looked up or called
+        raise CancelledError from None
     sock = await opener.opened
     tune_stream(sock)
     return Line(sock, machine.session)

@@ -334,7 +334,7 @@ class _Reader:
         return config
 
     def _check_listen(self, daemon: DaemonConfig, *, secured: bool) -> None:
-        grouped = "listen-group" in self._table(("daemon",), "[daemon]")
+        grouped = self._table(("daemon",), "[daemon]").get("listen-group")
         if grouped and not any(isinstance(door, UnixAddress) for door in daemon.listen):
             self._problem(
                 ("daemon", "listen-group"),

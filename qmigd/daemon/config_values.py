@@ -141,8 +141,10 @@ def _address(uri: str) -> Door:
     return address
 
 
-def group(value: Any) -> str:
-    """A group of this host's users."""
+def group(value: Any) -> str | None:
+    """A group of this host's users, or ``""`` for none."""
+    if value == "":
+        return None
     name = text(value)
     try:
         grp.getgrnam(name)

@@ -299,7 +299,8 @@ async def connect_control(
     connecting = address.client(reactor).connect(Factory.forProtocol(lambda: control))
     try:
         await with_deadline(reactor, connecting, deadline, f"a connection to {address}")
-    except (ConnectError, DNSLookupError, DeadlineError) as error:
+    except (ConnectError, DNSLookupError, DeadlineError, ValueError) as error:
+        # ValueError is what Twisted makes of a name that no host can have.
         raise PeerGone(f"no qmigd can be reached at {address}: {error}") from None
     tune_stream(control.transport.getHandle())
     return control

@@ -34,6 +34,7 @@ from twisted.internet.interfaces import (
     IReadDescriptor,
     IStreamClientEndpoint,
 )
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -49,6 +50,8 @@ log = Logger()
 GRACE = 3.0
 #: Seconds that it has to end after SIGTERM.
 TERMINATION = 1.0
+#: Seconds between two looks at what was killed.
+_LOOK = 0.01
 #: Seconds that a program whose connection broke has to end, so that it can be said why.
 VERDICT = 1.0
 
@@ -129,6 +132,9 @@ class Programs:
             await self._until(ended, TERMINATION)
         for program in programs:
             program.close()
+        end = self._reactor.seconds() + TERMINATION
+        while any(one.is_dying for one in programs) and self._reactor.seconds() < end:
+            await deferLater(self._reactor, _LOOK)
 
     def _stopped(self) -> Deferred[None]:
         """The daemon is stopped, and what carries its connections ends with it."""
@@ -312,6 +318,14 @@ class _Program:
         self._child.wait()  # it was killed: this takes no time
         self._end.close()
         self._errors.close()
+
+    @property
+    def is_dying(self) -> bool:
+        """Whether something is left of the group that was killed; who reaps it is not our child."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._child.pid, 0)
+            return True
+        return False
 
 
 @implementer(IReadDescriptor)
