@@ -58,11 +58,12 @@ class NameTests(PairCase):
         """Where no address answers, or there is none, that is said, and the guest goes on."""
         link = self.two_hosts(*_DEAD)
         pair = self.pair("7.2", link=link, here={"handshake_deadline": 1}).start()
-        for host, why in (
-            ("far.example", "did not come within 1 seconds"),
-            ("nowhere.example", "no results for hostname lookup: nowhere.example"),
-            ("a..b", "invalid hostname: a..b"),
+        for uri, why in (
+            ("tcp:far.example", "did not come within 1 seconds"),
+            ("tcp:nowhere.example", "no results for hostname lookup: nowhere.example"),
+            ("tcp:a..b", "invalid hostname: a..b"),
+            ("vsock:1:6000", "no qmigd can be reached at vsock:1:6000: "),
         ):
-            pair.begin("relay", uri=f"tcp:{host}:16516")
+            pair.begin("relay", uri=uri)
             self.assertIn(why, pair.failed(pair.here))
         pair.prove_stayed()

@@ -50,8 +50,9 @@ log = Logger()
 GRACE = 3.0
 #: Seconds that it has to end after SIGTERM.
 TERMINATION = 1.0
-#: Seconds between two looks at what was killed.
-_LOOK = 0.01
+#: Seconds between two looks at what was killed, and after which it is but a zombie that
+#: whoever has adopted it does not care for.
+_LOOK, _DYING = 0.01, 0.2
 #: Seconds that a program whose connection broke has to end, so that it can be said why.
 VERDICT = 1.0
 
@@ -99,8 +100,9 @@ class Programs:
         """Add to the error of a migration what the programs have to say to it."""
         if not isinstance(error, PeerGone | DeadlineError | MigrationError):
             return
-        # The end of a connection is seen before that of its program.
-        await self._until(lambda: any(one.failed for one in self._programs), VERDICT)
+        if not isinstance(error, DeadlineError):
+            # The end of a connection is seen before that of its program.
+            await self._until(lambda: any(one.failed for one in self._programs), VERDICT)
         told = (
             [one for one in self._programs if one.failed]
             or [one for one in self._programs if one.ended]
@@ -132,7 +134,7 @@ class Programs:
             await self._until(ended, TERMINATION)
         for program in programs:
             program.close()
-        end = self._reactor.seconds() + TERMINATION
+        end = self._reactor.seconds() + _DYING
         while any(one.is_dying for one in programs) and self._reactor.seconds() < end:
             await deferLater(self._reactor, _LOOK)
 
