@@ -37,6 +37,18 @@ class UsageTests(SynchronousTestCase):
         ):
             self.assertEqual(sentence, self.refused(words))
 
+    def test_argv(self) -> None:
+        """Whatever stands behind --argv is the program's, options too."""
+        parser, _ = make_parser()
+        program = ["ssh", "-o", "X=y", "hostb", "qmigctl", "connect", "/run/p", "--json"]
+        for words in (
+            ["migrate", "g", "exec:", "--exclude", "multifd"],
+            ["features", "g", "exec:"],
+        ):
+            options = parser.parse_args([*words, "--argv", *program])
+            self.assertEqual((options.uri, options.argv), ("exec:", program))
+            self.assertEqual(parser.parse_args(words).argv, [])
+
     def test_no_abbreviations(self) -> None:
         """An option has to be written out, so that a new one never changes what a script says."""
         self.assertIn("--det", self.refused("migrate g u --det"))

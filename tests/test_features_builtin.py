@@ -226,3 +226,8 @@ class RegistryTests(SynchronousTestCase):
         feature = Named("lost")
         feature.paths = frozenset({"pigeon"})
         self.assertEqual(self.errors(feature)[0], [])
+
+    def test_impossible_transports(self) -> None:
+        feature = Named("lost")
+        feature.transports = frozenset({"pigeon"})
+        self.assertEqual(self.errors(feature)[0], [])

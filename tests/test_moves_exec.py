@@ -14,7 +14,7 @@ from typing import Any
 from tests.rig import ssh
 from tests.rig.certificates import Authority
 from tests.rig.news import ask_until, wait_until
-from tests.rig.pair import SLOW, Pair, PairCase
+from tests.rig.pair import NAME, SLOW, Pair, PairCase
 from tests.rig.process import Process, temporary_directory
 from tests.rig.processes import processes_with
 
@@ -67,9 +67,13 @@ class PathTests(ExecCase):
 
     def test_relay(self) -> None:
         """A program for each of several channels; why not another path is said."""
-        plan = self.check(self.exec_pair("10.0"), "relay", "multifd", require=["multifd"])
+        pair = self.exec_pair("10.0")
+        asked = pair.here.execute("query-features", guest=NAME, uri=self.uri)
+        self.assertEqual((asked["path"], asked["peer"]), ("relay", self.uri))
+        self.assertIn("not direct: a program carries the connections", asked["path-reason"])
+        self.nothing_left()
+        plan = self.check(pair, "relay", "multifd")
         self.assertGreater(len(plan["channels"]), 2)
-        self.assertIn("not direct: a program carries the connections", plan["path-reason"])
 
     def test_baseline(self) -> None:
         """With no feature the program of the control connection carries the stream."""

@@ -32,9 +32,10 @@ class NameTests(PairCase):
             )
         # What ip-netns(8) shows its processes as /etc/hosts.
         directory = Path("/etc/netns", link.left.name)
+        made = directory.parent if not directory.parent.exists() else directory
         directory.mkdir(parents=True)
-        keep_directory(str(directory))
-        self.addCleanup(shutil.rmtree, directory)
+        keep_directory(str(made))
+        self.addCleanup(shutil.rmtree, made)
         lines = [f"{address} far.example" for address in addresses]
         (directory / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         return link

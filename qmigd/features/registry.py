@@ -16,7 +16,7 @@ from zope.interface import Interface
 from zope.interface.exceptions import Invalid
 from zope.interface.verify import verifyObject
 
-from ..interfaces import PATHS, IFeature
+from ..interfaces import PATHS, TRANSPORTS, IFeature
 
 __all__ = ["GROUP", "collect", "load_features"]
 
@@ -59,9 +59,10 @@ def _unusable(candidate: object, taken: Mapping[str, IFeature]) -> str | None:
         return f"there is a feature called {name} already"
     if name in PATHS:
         return f"{name} is the name of a path"
-    paths = getattr(candidate, "paths", None)
-    if not isinstance(paths, frozenset) or not paths or not paths <= set(PATHS):
-        return f"its paths {paths!r} are not a frozenset out of {', '.join(PATHS)}"
+    for what, known in (("paths", PATHS), ("transports", TRANSPORTS)):
+        given = getattr(candidate, what, None)
+        if not isinstance(given, frozenset) or not given or not given <= set(known):
+            return f"its {what} {given!r} are not a frozenset out of {', '.join(known)}"
     return None
 
 
