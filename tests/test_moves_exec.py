@@ -251,3 +251,39 @@ class DoorTests(ExecCase):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.peer))
             self.assertTrue(sock.recv(12).startswith(b"QEMU-MIGRATE"))
+
+
+class ReleasedTests(ExecCase):
+    """The source has let the guest go, and has to find out what became of it."""
+
+    def released(self) -> Pair:
+        """Bring a move there; the destination's daemon is asleep, and has not heard it yet."""
+        pair = self.exec_pair("10.0")
+        pair.begin("handover", uri=self.uri, bandwidth=SLOW)
+        pair.wait(pair.here, "active")
+        pair.there.process.signal(signal.SIGSTOP)
+        pair.set(max_bandwidth=1 << 30)
+        pair.source.wait_migration("completed")
+        ask_until(lambda: pair.entry(pair.here)["owner"] == "destination", "RELEASE to be sent")
+        return pair
+
+    def test_program(self) -> None:
+        """The control connection's program is killed: another one asks."""
+        pair = self.released()
+        for process in processes_with(str(self.peer)):
+            os.kill(process, signal.SIGKILL)
+        pair.there.process.signal(signal.SIGCONT)
+        pair.completed()
+        pair.prove_moved()
+        self.nothing_left()
+
+    def test_daemon(self) -> None:
+        """The source's daemon is killed: back again, it asks through the same program."""
+        pair = self.released()
+        pair.here.kill()
+        pair.here.start()
+        pair.there.process.signal(signal.SIGCONT)
+        self.assertEqual(pair.ended(pair.there)["status"], "completed")
+        pair.wait_settings(pair.source)
+        pair.prove_moved()
+        ask_until(lambda: not processes_with(str(self.peer)), "the programs to end")
