@@ -111,7 +111,7 @@ class ConnectTests(SynchronousTestCase):
             ([str(self.path)], 3, f"Nobody listens on {self.path}"),
             ([f"{self.path}.not"], 3, f"There is no socket {self.path}.not"),
             (["tcp:hostb:16516"], 2, "'tcp:hostb:16516' is no unix socket"),
-            (["unix:"], 2, "names no socket"),
+            (["unix:"], 2, "'unix:' is no unix socket"),
         ):
             done = subprocess.run(
                 [_QMIGCTL, "connect", *words], capture_output=True, text=True, check=False

@@ -8,38 +8,18 @@ import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from twisted.internet.defer import CancelledError
 
 from ..errors import DeadlineError, GuestError, MigrationError
 from ..qmp.client import QMPClient
 from . import render
+from .ending import Ending, write
 from .options import Exit
 from .progress import Display, LinesDisplay, NoDisplay, TerminalDisplay, watch
 
-__all__ = ["RUN", "Ending", "Session", "write"]
-
-
-def write(out: TextIO, text: str) -> None:
-    """Write a text and a line's end, now."""
-    out.write(f"{text}\n")
-    out.flush()
-
-
-class Ending(Exception):
-    """The end of qmigctl other than by success.
-
-    :ivar code: the exit code.
-    :ivar kind: a word for programs.
-    :ivar text: a sentence for people.
-    """
-
-    def __init__(self, code: Exit, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-        self.kind = kind
-        self.text = text
+__all__ = ["RUN", "Session"]
 
 
 class Session:

@@ -41,7 +41,7 @@ from ..channels.authority import (
 )
 from ..channels.pem import fingerprint
 from ..errors import ArgumentError, ConfigError
-from .commands import write
+from .ending import write
 from .options import Exit
 
 __all__ = ["default_directory", "run"]
