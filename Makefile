@@ -62,6 +62,7 @@ setup: $(VENV)/.qmigd
 qemus: setup
 	@$(HOST) qemu-system-x86_64 ip
 	@$(BIN)/python -m tests.rig.qemus
+	@$(BIN)/python -m tests.rig.ssh
 
 kernel: qemus
 	@$(HOST) /etc/libibverbs.d/rxe.driver

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.rig import ssh
 from tests.rig.certificates import Authority
+from tests.rig.daemons import free_ports
 from tests.rig.news import ask_until, wait_until
 from tests.rig.pair import NAME, SLOW, Pair, PairCase
 from tests.rig.process import Process, temporary_directory
@@ -101,47 +102,67 @@ def _reason(entry: dict[str, Any], feature: str) -> str:
 class SshTests(ExecCase):
     """The real thing: every channel through ssh, and nothing else."""
 
-    def check(self, *options: str, argv: bool) -> tuple[int, dict[str, Any]]:
-        """Move a guest with several channels; returns how often somebody has logged in."""
-        ssh.require()
-        pair = self.exec_pair("10.0")
-        directory = Path(self.mktemp())
-        directory.mkdir()
-        prepared = ssh.prepare(directory.absolute())
-        log = f"{directory}/log"
-        server = Process.start([*prepared.server, "-o", "LogLevel=INFO"], log=log)
-        self.addCleanup(server.close)
-        wait_until(lambda: "Server listening" in _text(log), lambda: _text(log))
+    def server(self, restricted: str = "") -> ssh.Ssh:
+        """Start a server; it logs who logs in.
 
-        words = [*prepared.client, *options, ssh.HOST, *self.far_end]
-        how: dict[str, Any] = {"uri": f"exec:{shlex.join(words)}"}
-        if argv:
-            how = {"uri": "exec:", "argv": words}
-        entry = pair.move("relay", "multifd", **how)
+        :param restricted: the only command that it carries out.
+        """
+        ssh.require()
+        directory = Path(self.mktemp()).absolute()
+        directory.mkdir()
+        prepared = ssh.prepare(directory)
+        self.client = str(directory / "client")
+        if restricted:
+            authorized = directory / "authorized"
+            authorized.write_text(f'restrict,command="{restricted}" {authorized.read_text()}')
+        self.log = directory / "log"
+        argv = [*prepared.server, "-o", "LogLevel=INFO"]
+        server = Process.start(argv, log=str(self.log))
+        self.addCleanup(server.close)
+        wait_until(lambda: "Server listening" in self.said(), self.said)
+        return prepared
+
+    def said(self) -> str:
+        """Return what the server has logged."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def move(self, pair: Pair, path: str, mode: str, **how: Any) -> tuple[int, dict[str, Any]]:
+        """Move a guest; returns how often somebody has logged in, and the plan."""
+        entry = pair.move(path, mode, **how)
         pair.prove_moved()
         self.nothing_left()
-        self.nothing_left(str(directory / "client"))
-        return _text(log).count("Accepted publickey"), entry
+        self.nothing_left(self.client)
+        return self.said().count("Accepted publickey"), entry["plan"]
 
     def test_one_handshake(self) -> None:
         """With ControlMaster there is one handshake of ssh's, however many channels there are."""
+        server = self.server()
         control = f"{temporary_directory()}/%C"
         self.addCleanup(os.rmdir, os.path.dirname(control))
-        logins, entry = self.check(
-            *("-o", "ControlMaster=auto", "-o", f"ControlPath={control}"), argv=True
-        )
-        self.assertGreater(len(entry["plan"]["channels"]), 2)
+        shared = ("-o", "ControlMaster=auto", "-o", f"ControlPath={control}")
+        pair = self.exec_pair("10.0")
+        argv = [*server.client, *shared, ssh.HOST, *self.far_end]
+        logins, plan = self.move(pair, "relay", "multifd", uri="exec:", argv=argv)
+        self.assertGreater(len(plan["channels"]), 2)
         self.assertEqual(logins, 1)
         self.assertEqual(os.listdir(os.path.dirname(control)), [])
 
-    def test_plain(self) -> None:
-        """Without it there is one for each, and one for the control connection."""
-        logins, entry = self.check(argv=False)
-        self.assertEqual(logins, 1 + len(entry["plan"]["channels"]))
+    def test_restricted(self) -> None:
+        """Without it there is one for each connection; the key may be good for this alone."""
+        pair = self.exec_pair("10.0")
+        server = self.server(restricted=shlex.join(self.far_end))
+        uri = f"exec:{shlex.join([*server.client, ssh.HOST])}"
+        logins, plan = self.move(pair, "relay", "multifd", uri=uri)
+        self.assertEqual(logins, 1 + len(plan["channels"]))
 
-
-def _text(path: str) -> str:
-    return Path(path).read_text() if os.path.exists(path) else ""
+    def test_forwarded(self) -> None:
+        """Ssh may go on to a port by itself, which does not make the port the QEMUs'."""
+        pair = self.exec_pair("7.2", there={"listen": [f"tcp:127.0.0.1:{free_ports()[0]}"]})
+        to = pair.there.uri.removeprefix("tcp:")
+        uri = f"exec:{shlex.join([*self.server().client, '-W', to, ssh.HOST])}"
+        asked = pair.here.execute("query-features", guest=NAME, uri=uri)
+        self.assertIn("not direct: a program carries", asked["path-reason"])
+        self.move(pair, "handover", "precopy", uri=uri)
 
 
 class FailureTests(ExecCase):

@@ -170,3 +170,15 @@ def _make_key(path: Path) -> bytes:
     write(path, private)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return public + b"\n"
+
+
+def _main() -> None:
+    """Fetch it if it is missing; say so if it cannot be had."""
+    try:
+        find()
+    except Unavailable as error:
+        print(f"There is no OpenSSH: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    _main()
