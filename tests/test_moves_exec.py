@@ -281,7 +281,8 @@ class ReleasedTests(ExecCase):
         """Bring a move there; the destination's daemon is asleep, and has not heard it yet."""
         pair = self.exec_pair("10.0")
         pair.begin("handover", uri=self.uri, bandwidth=SLOW)
-        pair.wait(pair.here, "active")
+        for daemon in (pair.here, pair.there):
+            pair.wait(daemon, "active")
         pair.there.process.signal(signal.SIGSTOP)
         pair.set(max_bandwidth=1 << 30)
         pair.source.wait_migration("completed")

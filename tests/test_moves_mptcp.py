@@ -101,6 +101,20 @@ class TwoNetworksTests(JourneyCase):
         pair.completed()
         pair.prove_moved()
 
+    def test_kernel_without(self) -> None:
+        """A daemon on a kernel that has it switched off does without, and says why."""
+        link = self.link()
+        off = ("sh", "-c", "echo 0 >/proc/sys/net/mptcp/enabled")
+        subprocess.run([*link.right.prefix, *off], check=True)
+        pair = self.pair("7.2", link=link, here={"mptcp": True}, there={"mptcp": True}).start()
+        plan = pair.move("direct")["plan"]
+        pair.prove_moved()
+        left = {one["name"]: one for one in plan["left-out"]}["mptcp"]
+        self.assertIn(
+            "its kernel does not do Multipath TCP (Protocol not available)", left["reason"]
+        )
+        self.assertEqual((left["side"], left["where"]), ("destination", "kernel"))
+
 
 def _accepted(what: str, link: Link, least: int) -> bool:
     return accepted(what, link.right) >= least

@@ -42,8 +42,8 @@ from ..negotiation.obstacles import Obstacle
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Terms, Traits, expect
-from ..transports.programs import Programs
-from ..transports.uri import Address, ExecAddress, Reachable, TcpAddress, network_of
+from ..transports.programs import reach
+from ..transports.uri import Address, Reachable, TcpAddress, network_of
 from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
@@ -109,13 +109,7 @@ class Proposing(Move):
         tls_hostname: str | None = None,
     ) -> None:
         super().__init__(services, record)
-        self.programs: Programs | None = None
-        self.uri: Reachable
-        if isinstance(uri, ExecAddress):
-            owner = f"migration {record.id} of guest {record.guest}"
-            self.uri = self.programs = Programs(services.reactor, uri.argv, str(uri), owner)
-        else:
-            self.uri = uri
+        self.uri, self.programs = reach(services.reactor, uri, record.name)
         self.reached: Reachable = self.uri
         self.transport = str(uri).partition(":")[0]
         self.policy = policy

@@ -16,8 +16,8 @@ from twisted.logger import Logger
 from ..channels.saved_files import discard
 from ..errors import GuestGone, QmigdError
 from ..interfaces import Settings
-from ..transports.programs import Programs
-from ..transports.uri import ExecAddress, Reachable, parse_uri
+from ..transports.programs import reach
+from ..transports.uri import parse_uri
 from .move import OVER, Move
 from .services import Services
 from .verdicts import ask
@@ -95,27 +95,21 @@ async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
         return False
     hostname = entry.get("tls-hostname")
     tls = services.security.calling(hostname) if hostname else None
-    programs: Programs | None = None
-    reach: Reachable
-    if isinstance(peer, ExecAddress):
-        owner = f"migration {move.record.id} of guest {move.record.guest}"
-        reach = programs = Programs(services.reactor, peer.argv, str(peer), owner)
-    else:
-        reach = peer
+    reached, programs = reach(services.reactor, peer, move.record.name)
     end = move.now() + services.deadlines.ask
     try:
         while move.now() < end:
             try:
                 answer = await ask(
                     services.reactor,
-                    reach,
+                    reached,
                     move.record.id,
                     secret,
                     services.deadlines.handshake,
                     tls,
                 )
             except QmigdError as error:
-                log.info("no answer from {peer}: {error}", peer=reach, error=error.text)
+                log.info("no answer from {peer}: {error}", peer=reached, error=error.text)
             else:
                 if answer.get("ran") is not None:
                     return answer["ran"] is False

@@ -73,6 +73,11 @@ class Record:
     listed: bool = False
     _passes: int = 0
 
+    @property
+    def name(self) -> str:
+        """What it is called in the log."""
+        return f"migration {self.id} of guest {self.guest}"
+
     def update(self, *, status: str | None = None, step: str | None = None) -> None:
         """Take over a new status or step, and tell the listeners of a new status."""
         if step is not None:

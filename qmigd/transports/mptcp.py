@@ -46,8 +46,11 @@ def carries_mptcp(sock: socket.socket) -> bool:
 
 
 def multipath(reactor: Any) -> Any:
-    """Return a reactor whose connections and listening ports are Multipath TCP's."""
-    return _Reactor(reactor)
+    """Return a reactor whose connections and listening ports are Multipath TCP's.
+
+    They are TCP's where this kernel can do no better.
+    """
+    return reactor if is_available() else _Reactor(reactor)
 
 
 class _Reactor:

@@ -41,7 +41,9 @@ from zope.interface import implementer
 
 from qmigd.errors import DeadlineError, MigrationError, PeerGone, QmigdError
 
-__all__ = ["Programs"]
+from .uri import Address, ExecAddress, Reachable
+
+__all__ = ["Programs", "reach"]
 
 log = Logger()
 
@@ -64,6 +66,17 @@ _LINES = 3
 
 #: Bytes that a pipe holds, unless somebody changes that (pipe(7)).
 _PIPE = 65536
+
+
+def reach(reactor: Any, address: Address, owner: str) -> tuple[Reachable, Programs | None]:
+    """Return what connects to an address, and the programs that it takes for that.
+
+    :param owner: which migration it is for, in the log.
+    """
+    if isinstance(address, ExecAddress):
+        programs = Programs(reactor, address.argv, str(address), owner)
+        return programs, programs
+    return address, None
 
 
 class Programs:
@@ -103,11 +116,11 @@ class Programs:
         if not isinstance(error, DeadlineError):
             # The end of a connection is seen before that of its program.
             await self._until(lambda: any(one.failed for one in self._programs), VERDICT)
-        told = (
-            [one for one in self._programs if one.failed]
-            or [one for one in self._programs if one.ended]
-            or [one for one in self._programs if one.said]
-        )
+        told = [one for one in self._programs if one.failed]
+        if not told and not isinstance(error, MigrationError):
+            told = [one for one in self._programs if one.ended] or [
+                one for one in self._programs if one.said
+            ]
         if told:
             error.text = f"{error.text.rstrip('.')}; {told[0].describe()}"
 
@@ -145,15 +158,20 @@ class Programs:
 
     def _connect(self, factory: IProtocolFactory) -> IProtocol:
         """:raises ConnectError: it cannot be started."""
+        try:
+            return self._start(factory)
+        except OSError as error:
+            raise ConnectError(
+                string=f"the program '{self._argv[0]}' cannot be started: {error.strerror}"
+            ) from None
+
+    def _start(self, factory: IProtocolFactory) -> IProtocol:
+        """:raises OSError: it cannot be started."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            try:
-                program = _Program(self._reactor, self._argv, theirs, ours, self._owner, self._news)
-            except OSError as error:
-                raise ConnectError(
-                    string=f"the program '{self._argv[0]}' cannot be started: {error.strerror}"
-                ) from None
-            self._programs.append(program)
+            self._programs.append(
+                _Program(self._reactor, self._argv, theirs, ours, self._owner, self._news)
+            )
             if self._shutdown is None:
                 self._shutdown = self._reactor.addSystemEventTrigger(
                     "before", "shutdown", self._stopped
@@ -240,9 +258,16 @@ class _Program:
             raise
         finally:
             os.close(writing)
+        try:
+            pidfd = os.pidfd_open(self._child.pid)
+        except OSError:
+            os.close(reading)
+            self._child.kill()
+            self._child.wait()
+            raise
         os.set_blocking(reading, False)
         self._errors = _Readable(reactor, reading, self._read)
-        self._end = _Readable(reactor, os.pidfd_open(self._child.pid), self._note_end)
+        self._end = _Readable(reactor, pidfd, self._note_end)
 
     # how it goes
 
