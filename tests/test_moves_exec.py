@@ -311,7 +311,12 @@ class ReleasedTests(ExecCase):
         pair.here.kill()
         pair.here.start()
         pair.there.process.signal(signal.SIGCONT)
-        self.assertEqual(pair.ended(pair.there)["status"], "completed")
-        pair.wait_settings(pair.source)
-        pair.prove_moved()
+        # On a unix socket the destination may notice the end before it has read RELEASE.
+        if pair.ended(pair.there)["status"] == "completed":
+            pair.wait_settings(pair.source)
+            pair.prove_moved()
+        else:
+            pair.source.wait_running()
+            pair.wait_settings(pair.source)
+            pair.prove_stayed()
         ask_until(lambda: not processes_with(str(self.peer)), "the programs to end")
