@@ -81,6 +81,7 @@ class GoodFileTests(SynchronousTestCase):
             require = ["postcopy-ram"]
             exclude = ["direct"]
             source-after = "quit"
+            legacy = "refuse"
             [guest.one]
             qmp = "unix:/run/one"
             [guest."two three"]
@@ -153,10 +154,75 @@ class GoodFileTests(SynchronousTestCase):
                 "zero-copy", "insecure",
                 "handshake-deadline", "peer-deadline", "guest-deadline",
                 "certificate", "key", "ca", "allow",
-                "tls", "prefer", "require", "exclude", "source-after", "qmp", "launch",
+                "tls", "prefer", "require", "exclude", "source-after", "legacy", "qmp", "launch",
+                "legacy-listen",
             },
             keys,
         )  # fmt: skip
+
+
+class LegacyTests(SynchronousTestCase):
+    """What is said of peers without a qmigd."""
+
+    def refused(self, text: str) -> str:
+        return str(self.assertRaises(ConfigError, read, text).text)
+
+    def test_read(self) -> None:
+        """A guest's port for plain streams, and what is done where nobody greets."""
+        config = read(
+            '[policy]\nlegacy = "allow"\n'
+            '[guest.a]\nqmp = "unix:/a"\nlegacy-listen = "tcp:[::1]:4444"\n'
+            '[guest.b]\nqmp = "unix:/b"\nlegacy-listen = "unix:/run/b"'
+        )
+        self.assertEqual("allow", config.policy.legacy)
+        self.assertEqual(TcpAddress("::1", 4444), config.guests["a"].legacy_listen)
+        self.assertEqual(UnixAddress("/run/b"), config.guests["b"].legacy_listen)
+        self.assertIn('must be "refuse" or "allow"', self.refused("[policy]\nlegacy = true"))
+
+    def test_insecure(self) -> None:
+        """Such a port beyond loopback is a network without TLS, and has to be called so."""
+        guest = '[guest.a]\nqmp = "unix:/a"\nlegacy-listen = "tcp:0.0.0.0:4444"'
+        self.assertRegex(
+            self.refused(guest),
+            r'line 3: \[guest.a\] legacy-listen "tcp:0.0.0.0:4444": other hosts can reach that, .*'
+            r"'insecure = true' in \[daemon\]\.$",
+        )
+        self.assertIn("other hosts can reach that", self.refused(TLS + guest))
+        read(f"[daemon]\ninsecure = true\n{guest}")
+
+    def test_tls(self) -> None:
+        """Where TLS is required, or names are, there is no plain stream in either direction."""
+        guest = '[guest.a]\nqmp = "unix:/a"\nlegacy-listen = "unix:/run/a"'
+        read(f"{TLS}{guest}")
+        required = f'{TLS}[policy]\ntls = "require"\n'
+        self.assertIn("TLS is required", self.refused(f"{required}{guest}"))
+        self.assertIn('has legacy = "allow", but TLS', self.refused(f'{required}legacy = "allow"'))
+        named = f'{TLS}allow = ["hosta.example"]\n{guest}'
+        self.assertIn("[tls] allow names the peers", self.refused(named))
+
+    def test_taken(self) -> None:
+        """An address is one guest's alone."""
+        guest = '[guest.{0}]\nqmp = "unix:/{0}"\nlegacy-listen = "tcp:127.0.0.1:{1}"\n'
+        for text, reason in (
+            (guest.format("a", 16516), "[daemon] listen has it too"),
+            (guest.format("a", 49152), "[daemon] direct-ports has 49152 in it"),
+            (guest.format("a", 44) + guest.format("b", 44), "[guest.a] has it too"),
+            (
+                '[guest.a]\nqmp = "unix:/a"\nlegacy-listen = "in-band:tcp:127.0.0.1:44"',
+                "there is no handshake in a plain stream",
+            ),
+        ):
+            self.assertIn(reason, self.refused(text))
+
+    def test_in_band(self) -> None:
+        """An address is listened on in one form of the handshake, and else is like any other."""
+        listen = '[daemon]\nlisten = ["{}"]'
+        for text, reason in (
+            (listen.format('tcp:127.0.0.1:44", "in-band:tcp:127.0.0.1:44'), "twice"),
+            (listen.format("in-band:tcp:127.0.0.1:49152"), "direct-ports has 49152 in it"),
+            (listen.format("in-band:tcp:0.0.0.0:44"), "which other hosts can reach"),
+        ):
+            self.assertIn(reason, self.refused(text))
 
 
 TLS = '[tls]\ncertificate = "/c"\nkey = "/k"\nca = "/a"\n'
@@ -283,7 +349,7 @@ class BadFileTests(SynchronousTestCase):
             self.refused("[demon]"),
         )
         self.assertEqual(
-            "q.toml, line 3: [guest.g] has no key 'pid'; there are qmp, launch.",
+            "q.toml, line 3: [guest.g] has no key 'pid'; there are qmp, launch, legacy-listen.",
             self.refused('[guest.g]\nqmp = "unix:/a"\npid = 4'),
         )
 

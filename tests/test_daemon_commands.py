@@ -113,8 +113,8 @@ class RefusalTests(PairCase):
         pair = self.small().start()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             pair.begin("direct", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
-            self.assertIn("greeting", pair.failed(pair.here))
-        self.assertEqual(pair.entry(pair.here)["error"]["class"], "deadline")
+            self.assertIn("has not greeted", pair.failed(pair.here))
+        self.assertEqual(pair.entry(pair.here)["error"]["class"], "no-greeting")
         self.check_nothing_moved(pair)
 
     def test_other_protocol(self) -> None:

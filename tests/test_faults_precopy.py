@@ -86,6 +86,20 @@ class FaultCase(PairCase):
         if fault == CUT and self.link_ is not None:
             self.link_.restore()
 
+    def released(self, path: str, source: str, destination: str, *, link: bool = False) -> Pair:
+        """Move to where the source lets go; the destination's daemon sleeps, and has not heard."""
+        pair = self.ready(source, destination, link=link)
+        pair.begin(path, bandwidth=SLOW)
+        pair.wait(pair.here, "active")
+        pair.there.process.signal(signal.SIGSTOP)
+        pair.set(max_bandwidth=1 << 30)
+        pair.source.wait_migration("completed")
+        ask_until(lambda: pair.entry(pair.here)["owner"] == "destination", "RELEASE to be sent")
+        # That answer and RELEASE leave in one turn of the reactor, in whatever order.
+        pair.entry(pair.here)
+        self.assertEqual(pair.destination.status(), "paused")
+        return pair
+
     def stays(self, pair: Pair, path: str) -> None:
         """The guest is still the source's, and moves at the second try."""
         pair.wait_settings(pair.source)
@@ -421,20 +435,6 @@ class BeforeReleaseTests(FaultCase):
 
 class ReleasedTests(FaultCase):
     """The source has let the guest go, and the destination has not heard it yet."""
-
-    def released(self, path: str, source: str, destination: str, *, link: bool = False) -> Pair:
-        """Bring a move there; the destination's daemon is asleep."""
-        pair = self.ready(source, destination, link=link)
-        pair.begin(path, bandwidth=SLOW)
-        pair.wait(pair.here, "active")
-        pair.there.process.signal(signal.SIGSTOP)
-        pair.set(max_bandwidth=1 << 30)
-        pair.source.wait_migration("completed")
-        ask_until(lambda: pair.entry(pair.here)["owner"] == "destination", "RELEASE to be sent")
-        # That answer and RELEASE leave in one turn of the reactor, in whatever order.
-        pair.entry(pair.here)
-        self.assertEqual(pair.destination.status(), "paused")
-        return pair
 
     def test_source_qmigd(self) -> None:
         """The source's qmigd is killed: the guest runs at the destination."""

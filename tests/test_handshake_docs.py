@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 import qmigd.handshake
 import qmigd.wire
-from qmigd.wire import limits, messages
+from qmigd.wire import inband, limits, messages
 from qmigd.wire.greeting import BINDING_SIZE, Greeting, Reply, binding
 from qmigd.wire.messages import MessageType, body_limit
 from qmigd.wire.role import RoleHeader
@@ -34,6 +34,11 @@ EXAMPLES: list[Any] = [
     messages.Heartbeat(),
     messages.Binding(binding(Greeting((1,), ("tls", "multifd")), Reply(1, ("tls",)))),
     ROLE.prove(bytes(range(32))),
+    inband.OPENING,
+    inband.OPENING
+    + inband.frame(Greeting((1,), ()).encode(), by_source=False)
+    + inband.frame(Reply(1, ()).encode() + messages.Start().encode(), by_source=True)
+    + inband.OPENING[:8],
 ]
 
 
@@ -55,7 +60,8 @@ class ProtocolPage(SynchronousTestCase):
                 if quoted:
                     self.assertTrue(piece.endswith(quoted[1].encode()), line)
             found.append(data.hex(" "))
-        self.assertEqual(found, [example.encode().hex(" ") for example in EXAMPLES])
+        examples = [one if isinstance(one, bytes) else one.encode() for one in EXAMPLES]
+        self.assertEqual(found, [example.hex(" ") for example in examples])
 
     def test_messages(self) -> None:
         """The table of messages has every type with its name and its limit."""

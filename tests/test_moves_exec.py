@@ -80,6 +80,15 @@ class PathTests(ExecCase):
         """With no feature the program of the control connection carries the stream."""
         self.check(self.exec_pair("7.2"), "baseline", "precopy")
 
+    def test_in_band(self) -> None:
+        """The handshake's other form goes through programs as well."""
+        pair = self.exec_pair("7.2")
+        pair.there.config["daemon"]["listen"] = [f"in-band:unix:{self.peer}"]
+        pair.there.restart()
+        pair.move("relay", "multifd", uri=f"in-band:{self.uri}")
+        pair.prove_moved()
+        self.nothing_left()
+
     def test_tls(self) -> None:
         """TLS goes through programs as through anything else, for the name that was given."""
         authority = Authority(self.mktemp())
@@ -201,7 +210,7 @@ class FailureTests(ExecCase):
         pair = self.exec_pair("7.2", here={"handshake-deadline": 0.5})
         word = f"98765.{os.getpid()}"
         script = f"echo Waiting >&2; trap '' TERM; sleep {word} & sleep {word}; sleep {word}"
-        error = self.check(pair, f"exec:{script}", "the peer's greeting did not come within 0.5")
+        error = self.check(pair, f"exec:{script}", "has not greeted within 0.5 seconds")
         self.assertIn("says: Waiting", error)
         self.nothing_left(word)
 

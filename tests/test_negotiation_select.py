@@ -387,6 +387,13 @@ class PolicyTests(SynchronousTestCase):
         policy = Policy(prefer=("a",), exclude=("x",)).narrowed(["b"], ["r"], ["y"])
         self.assertEqual(policy, Policy(("b", "a"), ("r",), ("x", "y")))
 
+    def test_legacy(self) -> None:
+        """What is done where nobody greets: the operator's default, and one migration's choice."""
+        self.assertEqual("refuse", Policy().narrowed().legacy)
+        self.assertEqual("allow", Policy(legacy="allow").narrowed().legacy)
+        self.assertEqual("allow", Policy().narrowed(legacy="allow").legacy)
+        self.assertEqual("refuse", Policy(legacy="allow").narrowed(legacy="refuse").legacy)
+
     def test_operator_has_the_last_word(self) -> None:
         """Requiring what the operator excludes, or the reverse, is refused by name."""
         self.assertIn(

@@ -13,9 +13,11 @@ from qmigd.transports.uri import (
     DEFAULT_PORT,
     Door,
     ExecAddress,
+    InBandAddress,
     TcpAddress,
     UnixAddress,
     VsockAddress,
+    bare,
     parse_uri,
 )
 
@@ -23,7 +25,7 @@ from qmigd.transports.uri import (
 def door(text: str) -> Door:
     """Read a URI that can be listened on."""
     address = parse_uri(text)
-    assert not isinstance(address, ExecAddress)
+    assert not isinstance(address, ExecAddress | InBandAddress)
     return address
 
 
@@ -42,6 +44,8 @@ class ParsingTests(SynchronousTestCase):
             "unix:/run/qmigd.sock": UnixAddress("/run/qmigd.sock"),
             "tcp:hostb:70,mptcp=on": TcpAddress("hostb", 70, mptcp=True),
             "unix:a:b": UnixAddress("a:b"),
+            "in-band:tcp:hostb:7000": InBandAddress(TcpAddress("hostb", 7000)),
+            "in-band:unix:/run/x": InBandAddress(UnixAddress("/run/x")),
             "vsock:3": VsockAddress(3, DEFAULT_PORT),
             "vsock:3:7000": VsockAddress(3, 7000),
             "vsock::7000": VsockAddress(None, 7000),
@@ -73,6 +77,8 @@ class ParsingTests(SynchronousTestCase):
             "unix:a\0b": "zero byte",
             "unix:" + "x" * 108: "at most 107 bytes",
             "fd:7": "cannot be reached over fd:",
+            "in-band:": "is not a URI",
+            "in-band:in-band:tcp:hostb": "stands there once",
             "exec:": "needs a command",
             "exec:  ": "needs a command",
             "exec:a\0b": "zero byte",
@@ -100,7 +106,9 @@ class ParsingTests(SynchronousTestCase):
 
     @given(
         st.text(max_size=40)
-        | st.tuples(st.sampled_from(("tcp:", "vsock:", "exec:")), st.text(max_size=20)).map("".join)
+        | st.tuples(
+            st.sampled_from(("tcp:", "vsock:", "exec:", "in-band:tcp:")), st.text(max_size=20)
+        ).map("".join)
     )
     def test_any_text(self, text: str) -> None:
         """Whatever the text, it is an address that gives itself again, or an ArgumentError."""
@@ -131,6 +139,14 @@ class ParsingTests(SynchronousTestCase):
             "vsock::7",
         ):
             self.assertFalse(door(text).is_loopback, text)
+
+    def test_in_band(self) -> None:
+        """The form of the handshake is no part of the place."""
+        for text in ("tcp:hostb:7", "unix:x", "vsock:3:7", "exec:nc hostb 7"):
+            address = parse_uri(f"in-band:{text}")
+            self.assertEqual(parse_uri(text), bare(address))
+            self.assertEqual(parse_uri(text), bare(parse_uri(text)))
+            self.assertEqual(f"in-band:{text}", str(address))
 
 
 class EndpointTests(SynchronousTestCase):

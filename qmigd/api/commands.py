@@ -15,6 +15,7 @@ from .shapes import (
     FEATURES,
     FORMAT,
     GUEST,
+    LEGACY,
     MIGRATE,
     MIGRATION,
     ROLE,
@@ -182,6 +183,14 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     ),
                     Member("exclude", ListOf(STR), "not to be used.", optional=True),
                     _TLS_HOSTNAME,
+                    Member(
+                        "legacy",
+                        LEGACY,
+                        "what is done where nobody greets, because it is a QEMU with `-incoming` "
+                        "and no qmigd: `refuse`, or `allow`, then it gets QEMU's plain stream, in "
+                        "clear and with no feature. By default what `legacy` in `[policy]` says.",
+                        optional=True,
+                    ),
                     _ARGV,
                 ),
                 MIGRATE,

@@ -31,6 +31,7 @@ __all__ = [
     "FORMAT",
     "GUEST",
     "LEFT_OUT",
+    "LEGACY",
     "MIGRATE",
     "MIGRATION",
     "PATH",
@@ -49,6 +50,7 @@ PATH = Enum("Path", PATHS)
 PLACE = Enum("Place", PLACES)
 FORMAT = Enum("FileFormat", FORMATS)
 AFTER = Enum("AfterSave", ("keep", "continue", "quit"))
+LEGACY = Enum("Legacy", ("refuse", "allow"))
 
 _WHERE = (
     Member("where", PLACE, "Where that is.", optional=True),

@@ -31,6 +31,7 @@ from twisted.internet.protocol import Protocol as Connection
 from twisted.python.failure import Failure
 
 from qmigd.channels import kernel_tls
+from qmigd.channels.inband import InBand
 from qmigd.channels.secured import Secured
 from qmigd.channels.tls import PeerSocket, TlsSession, TlsSocket
 from qmigd.errors import (
@@ -91,7 +92,7 @@ class _Failed(Protocol):
 
 
 def open_channel(
-    clock: IReactorTime, endpoint: IStreamClientEndpoint, machine: Secured, deadline: float
+    clock: IReactorTime, endpoint: IStreamClientEndpoint, machine: Secured | InBand, deadline: float
 ) -> Deferred[Line]:
     """Open a payload channel to the peer.
 
@@ -115,7 +116,7 @@ def open_channel(
     return opening.addTimeout(deadline, clock, onTimeoutCancel=too_late)
 
 
-async def _open(endpoint: IStreamClientEndpoint, machine: Secured) -> Line:
+async def _open(endpoint: IStreamClientEndpoint, machine: Secured | InBand) -> Line:
     opener = _Opener(machine)
     try:
         await endpoint.connect(Factory.forProtocol(lambda: opener))
@@ -134,7 +135,7 @@ class _Opener(Connection):
     :ivar opened: the socket, once it is one.
     """
 
-    def __init__(self, machine: Secured) -> None:
+    def __init__(self, machine: Secured | InBand) -> None:
         self.opened: Deferred[socket.socket] = Deferred(lambda _: self._abandon())
         self._machine = machine
         self._done = False

@@ -63,6 +63,7 @@ async def _migrate(session: Session) -> Exit:
         prefer=options.prefer or None,
         require=options.require or None,
         exclude=options.exclude or None,
+        legacy=options.legacy,
         argv=options.argv or None,
         **_hostname(options),
     )

@@ -130,6 +130,7 @@ def _migrate(parser: argparse.ArgumentParser) -> None:
             help=f"a feature or path: {_help('migrate', name)}; can be repeated",
         )
     _tls_hostname(parser, "migrate")
+    parser.add_argument("--legacy", metavar="WHAT", help=_help("migrate", "legacy"))
     _argv(parser, "migrate")
     parser.add_argument(
         "--detach", action="store_true", help="return once the migration was accepted"

@@ -26,8 +26,8 @@ from ..migration.saving import SaveOptions, Saving
 from ..migration.services import Services
 from ..migration.source import Outgoing, new_id
 from ..negotiation.obstacles import Obstacle
-from ..negotiation.policy import Policy
-from ..transports.uri import Address, TcpAddress, parse_uri
+from ..negotiation.policy import Legacy, Policy
+from ..transports.uri import Address, InBandAddress, TcpAddress, bare, parse_uri
 from ..wire.greeting import VERSION
 from .config import guest_config, unknown_names
 from .registry import GuestRegistry
@@ -166,11 +166,12 @@ class Commands:
         exclude: Iterable[str] = (),
         tls_hostname: str | None = None,
         argv: Sequence[str] = (),
+        legacy: Legacy | None = None,
     ) -> dict[str, Any]:
         services = self._services
         address = self._address(uri, argv)
         self._check_names((*prefer, *require, *exclude))
-        policy = services.policy.narrowed(prefer, require, exclude)
+        policy = services.policy.narrowed(prefer, require, exclude, legacy)
         record = services.records.new(new_id(), guest, "source", str(address))
         held = self._guests.take(guest, record.id)
         outgoing = Outgoing(services, record, address, policy, {}, tls_hostname)
@@ -271,9 +272,10 @@ class Commands:
     def _address(self, uri: str, argv: Sequence[str]) -> Address:
         """:raises ArgumentError: it is no place where a peer could be."""
         address = parse_uri(uri, argv)
-        if isinstance(address, TcpAddress) and self._services.host.mptcp:
-            return replace(address, mptcp=True)
-        return address
+        place = bare(address)
+        if isinstance(place, TcpAddress) and self._services.host.mptcp:
+            place = replace(place, mptcp=True)
+        return InBandAddress(place) if isinstance(address, InBandAddress) else place
 
     def _running(self, guest: str) -> Outgoing | Saving | Restoring:
         if guest in self._outgoing:

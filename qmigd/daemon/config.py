@@ -23,8 +23,9 @@ from ..errors import ArgumentError, ConfigError
 from ..interfaces import PATHS
 from ..negotiation.allow import Allow
 from ..negotiation.policy import Policy
-from ..transports.uri import Door, TcpAddress, UnixAddress
+from ..transports.uri import Door, InBandAddress, TcpAddress, UnixAddress, bare
 from . import config_values as values
+from .legacy_ports import objection
 from .toml_lines import Key, find_lines, syntax_error_line
 
 __all__ = [
@@ -58,7 +59,7 @@ class DaemonConfig:
     :ivar guest_deadline: seconds that a QEMU has for an answer.
     """
 
-    listen: tuple[Door, ...]
+    listen: tuple[Door | InBandAddress[Door], ...]
     monitor: str
     state_dir: Path
     direct_ports: range
@@ -76,11 +77,13 @@ class GuestConfig:
 
     :ivar qmp: path of its QMP socket, or ``None``.
     :ivar launch: the command that starts it, or empty.
+    :ivar legacy_listen: where it comes in from a QEMU that no qmigd drives, or ``None``.
     """
 
     name: str
     qmp: str | None = None
     launch: tuple[str, ...] = ()
+    legacy_listen: Door | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ _POLICY: Mapping[str, _Read] = {
     "require": values.names,
     "exclude": values.names,
     "tls": values.tls_policy,
+    "legacy": values.legacy,
     "source-after": values.source_after,
 }
 _TLS: Mapping[str, _Read] = {
@@ -228,7 +232,11 @@ _TLS: Mapping[str, _Read] = {
     "ca": values.path,
     "allow": values.allow,
 }
-_GUEST: Mapping[str, _Read] = {"qmp": values.unix_path, "launch": values.launch}
+_GUEST: Mapping[str, _Read] = {
+    "qmp": values.unix_path,
+    "launch": values.launch,
+    "legacy-listen": values.door,
+}
 _TABLES = ("daemon", "tls", "policy", "guest")
 
 
@@ -258,14 +266,24 @@ class _Reader:
         tls_policy = self._tls_policy(policy.get("tls"), lists, tls)
         daemon = self._daemon()
         self._check_listen(daemon, secured=tls_policy != "off")
-        return Config(
+        legacy = policy.get("legacy", "refuse")
+        if legacy == "allow" and tls_policy == "require":
+            self._problem(
+                ("policy", "legacy"),
+                '[policy] has legacy = "allow", but TLS is required, and QEMU\'s plain stream has '
+                "none",
+            )
+        config = Config(
             daemon,
-            Policy(**lists),
+            Policy(**lists, legacy=legacy),
             tls,
             tls_policy,
             policy.get("source-after", "keep"),
             self._guests(),
         )
+        for guest in config.guests.values():
+            self._check_legacy_listen(config, guest, guest.legacy_listen)
+        return config
 
     def _tls(self) -> TlsConfig | None:
         found = self._section(("tls",), _TLS)
@@ -319,7 +337,7 @@ class _Reader:
         found = self._section(("daemon",), _DAEMON)
         mptcp, group = found.get("mptcp", False), found.get("listen-group")
         listen = found.get("listen", values.listen([values.LISTEN]))
-        config = DaemonConfig(
+        return DaemonConfig(
             listen=tuple(_open(door, mptcp, group) for door in listen),
             monitor=found.get("monitor", default_socket(self._environ, self._uid)[len("unix:") :]),
             state_dir=found.get("state-dir", default_state_dir(self._environ, self._uid)),
@@ -331,17 +349,17 @@ class _Reader:
             peer_deadline=found.get("peer-deadline", 10.0),
             guest_deadline=found.get("guest-deadline", 10.0),
         )
-        return config
 
     def _check_listen(self, daemon: DaemonConfig, *, secured: bool) -> None:
         grouped = self._table(("daemon",), "[daemon]").get("listen-group")
-        if grouped and not any(isinstance(door, UnixAddress) for door in daemon.listen):
+        if grouped and not any(isinstance(bare(door), UnixAddress) for door in daemon.listen):
             self._problem(
                 ("daemon", "listen-group"),
                 "[daemon] listen-group is for unix sockets, and there is none in listen",
             )
         for address in daemon.listen:
-            if not (daemon.insecure or secured or address.is_loopback):
+            place = bare(address)
+            if not (daemon.insecure or secured or place.is_loopback):
                 self._problem(
                     ("daemon", "listen"),
                     f'[daemon] listen has "{address}", which other hosts can reach, and there is '
@@ -350,10 +368,10 @@ class _Reader:
                     f"on a loopback address or, in a network that only hypervisors can reach, say "
                     f"'insecure = true'",
                 )
-            if not isinstance(address, UnixAddress) and address.port in daemon.direct_ports:
+            if not isinstance(place, UnixAddress) and place.port in daemon.direct_ports:
                 self._problem(
                     ("daemon", "direct-ports"),
-                    f"[daemon] direct-ports has {address.port} in it, where the daemon listens",
+                    f"[daemon] direct-ports has {place.port} in it, where the daemon listens",
                 )
 
     def _guests(self) -> dict[str, GuestConfig]:
@@ -372,7 +390,9 @@ class _Reader:
                     f"{_title(key)} needs exactly one of qmp, the socket of a QEMU that runs, "
                     f"and launch, the command that starts one to receive a guest",
                 )
-            guest = GuestConfig(name, found.get("qmp"), found.get("launch", ()))
+            guest = GuestConfig(
+                name, found.get("qmp"), found.get("launch", ()), found.get("legacy-listen")
+            )
             if guest.qmp is not None and owners.setdefault(guest.qmp, name) != name:
                 self._problem(
                     (*key, "qmp"),
@@ -386,6 +406,28 @@ class _Reader:
                 )
             guests[name] = guest
         return guests
+
+    def _check_legacy_listen(
+        self, config: Config, guest: GuestConfig, address: Door | None
+    ) -> None:
+        if address is None:
+            return
+        title, key = _title(("guest", guest.name)), ("guest", guest.name, "legacy-listen")
+        reason = objection(
+            address,
+            tls_required=config.tls_policy == "require",
+            allow=config.tls is not None and config.tls.allow.entries is not None,
+            insecure=config.daemon.insecure,
+            listen=config.daemon.listen,
+            direct_ports=config.daemon.direct_ports,
+            others=[
+                (_title(("guest", other.name)), other.legacy_listen)
+                for other in config.guests.values()
+                if other is not guest
+            ],
+        )
+        if reason is not None:
+            self._problem(key, f'{title} legacy-listen "{address}": {reason}')
 
     def _table(self, key: Key, title: str) -> dict[str, Any]:
         value: Any = self._document
@@ -414,8 +456,16 @@ class _Reader:
         self.problems.append((key, sentence))
 
 
-def _open(door: Door, mptcp: bool, group: str | None) -> Door:
+def _open(
+    door: Door | InBandAddress[Door], mptcp: bool, group: str | None
+) -> Door | InBandAddress[Door]:
     """Return where to listen, in the way that other keys ask for."""
+    if isinstance(door, InBandAddress):
+        return InBandAddress(_open_place(door.inner, mptcp, group))
+    return _open_place(door, mptcp, group)
+
+
+def _open_place(door: Door, mptcp: bool, group: str | None) -> Door:
     if isinstance(door, TcpAddress):
         return replace(door, mptcp=mptcp or door.mptcp)
     return replace(door, group=group) if isinstance(door, UnixAddress) else door

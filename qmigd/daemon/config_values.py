@@ -15,7 +15,16 @@ from typing import Any, Literal
 from ..errors import ArgumentError
 from ..interfaces import COPY, MOVERS
 from ..negotiation.allow import Allow
-from ..transports.uri import DEFAULT_PORT, Door, ExecAddress, UnixAddress, parse_uri
+from ..negotiation.policy import LEGACY, Legacy
+from ..transports.uri import (
+    DEFAULT_PORT,
+    Door,
+    ExecAddress,
+    InBandAddress,
+    UnixAddress,
+    bare,
+    parse_uri,
+)
 
 __all__ = [
     "LISTEN",
@@ -25,12 +34,15 @@ __all__ = [
     "TLS_POLICIES",
     "BadValue",
     "TlsPolicy",
+    "address",
     "allow",
+    "door",
     "flag",
     "group",
     "guest_name",
     "kind",
     "launch",
+    "legacy",
     "listen",
     "names",
     "path",
@@ -116,29 +128,42 @@ def names(value: Any) -> tuple[str, ...]:
     return names
 
 
-def listen(value: Any) -> tuple[Door, ...]:
+def listen(value: Any) -> tuple[Door | InBandAddress[Door], ...]:
     """A list of addresses to listen on."""
     uris = texts(value)
     if not uris:
         raise BadValue(f'must name at least one URI, such as "{LISTEN}"')
-    addresses = tuple(_address(uri) for uri in uris)
-    for address in addresses:
-        if addresses.count(address) > 1:
-            raise BadValue(f'has "{address}" twice')
+    addresses = tuple(address(uri) for uri in uris)
+    places = [bare(one) for one in addresses]
+    for one in places:
+        if places.count(one) > 1:
+            raise BadValue(f'has "{one}" twice')
     return addresses
 
 
-def _address(uri: str) -> Door:
+def door(value: Any) -> Door:
+    """A place to listen on where there is no handshake."""
+    found = address(value)
+    if isinstance(found, InBandAddress):
+        raise BadValue(
+            f'cannot be "{found}": there is no handshake in a plain stream, in-band or other'
+        )
+    return found
+
+
+def address(value: Any) -> Door | InBandAddress[Door]:
+    """An address to listen on."""
     try:
-        address = parse_uri(uri)
+        address = parse_uri(text(value))
     except ArgumentError as error:
         raise BadValue(f"cannot be used: {error.text.rstrip('.')}") from None
-    if isinstance(address, ExecAddress):
+    place = bare(address)
+    if isinstance(place, ExecAddress):
         raise BadValue(
             f'cannot be "{address}": a program is what a source connects through, and nobody can '
             f"listen on it; at its far end there is 'qmigctl connect', or a port"
         )
-    return address
+    return InBandAddress(place) if isinstance(address, InBandAddress) else place
 
 
 def group(value: Any) -> str | None:
@@ -165,10 +190,10 @@ def launch(value: Any) -> tuple[str, ...]:
 
 def unix_path(value: Any) -> str:
     """The path in ``unix:/path``."""
-    address = _address(text(value))
-    if not isinstance(address, UnixAddress) or not address.path.startswith("/"):
+    found = address(value)
+    if not isinstance(found, UnixAddress) or not found.path.startswith("/"):
         raise BadValue(f'must be a unix socket with its whole path, "unix:/...", not "{value}"')
-    return address.path
+    return found.path
 
 
 def path(value: Any) -> Path:
@@ -213,6 +238,14 @@ def tls_policy(value: Any) -> TlsPolicy:
         if value == known:
             return known
     raise BadValue('must be "off", "prefer" or "require"')
+
+
+def legacy(value: Any) -> Legacy:
+    """What is done where nobody greets."""
+    for known in LEGACY:
+        if value == known:
+            return known
+    raise BadValue('must be "refuse" or "allow"')
 
 
 def allow(value: Any) -> Allow:

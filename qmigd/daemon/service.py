@@ -30,6 +30,7 @@ from ..errors import ConfigError, QmigdError
 from ..features.registry import load_features
 from ..guests import quirks
 from ..interfaces import KERNEL, POLICY, Answer, GuestFacts, Host, IFeature, No, Yes
+from ..migration.legacy_incoming import LegacyFactory
 from ..migration.listening import IncomingFactory
 from ..migration.recovery import recover
 from ..migration.security import Security
@@ -40,10 +41,10 @@ from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.mptcp import is_available
 from ..transports.ports import PortRange
-from ..transports.uri import Door
+from ..transports.uri import Door, InBandAddress, bare
 from ..wire.greeting import TLS
 from .commands import Commands
-from .config import Config, TlsConfig, load, unknown_names
+from .config import Config, GuestConfig, TlsConfig, load, unknown_names
 from .host import gather
 from .journal import FileJournal
 from .monitor import Monitor
@@ -178,10 +179,16 @@ class QmigdService(Service):
                 Deferred.fromCoroutine(recover(self._services, migration, role, entry))
             self._movers.start()
             for uri in self._config.daemon.listen:
-                factory = IncomingFactory(self._services, tls_required=self._tls_required(uri))
-                port = await uri.server(self._reactor).listen(factory)
+                factory = IncomingFactory(
+                    self._services,
+                    tls_required=self._tls_required(bare(uri)),
+                    in_band=isinstance(uri, InBandAddress),
+                )
+                port = await bare(uri).server(self._reactor).listen(factory)
                 self._ports.append(port)
                 log.info("qmigd {version} listens on {uri}", version=__version__, uri=str(uri))
+            for guest in self._config.guests.values():
+                await self._listen_legacy(guest)
             await self._monitor.start()
         except QmigdError as error:
             self._give_up(error.text)
@@ -193,6 +200,17 @@ class QmigdService(Service):
                 features=", ".join(self._services.features) or "none",
                 monitor=self._config.daemon.monitor,
             )
+
+    async def _listen_legacy(self, guest: GuestConfig) -> None:
+        if guest.legacy_listen is None:
+            return
+        factory = LegacyFactory(self._services, guest.name)
+        self._ports.append(await guest.legacy_listen.server(self._reactor).listen(factory))
+        log.info(
+            "guest {guest} can come in as QEMU's plain stream on {uri}",
+            guest=guest.name,
+            uri=str(guest.legacy_listen),
+        )
 
     def _tls_required(self, uri: Door) -> bool:
         """Whether who comes in there has to go over to TLS."""

@@ -4,6 +4,8 @@
     what each side does, from the first byte of the handshake to the outcome;
 ``control``
     the control connection: a handshake machine on a Twisted transport;
+``legacy``, ``legacy_incoming``
+    either of them without a qmigd at the other side: QEMU's plain stream;
 ``settings``
     what is set on a guest's QEMU for a plan, read back and compared;
 ``ownership``

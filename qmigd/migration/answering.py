@@ -144,19 +144,7 @@ class Answering(Move):
         return await (taking or self._take_guest(None))
 
     async def _take_guest(self, name: str | None) -> GuestFacts:
-        self.record.update(step="waiting for the guest's QEMU")
-        guest = await self.services.guests.waiting(name, self.record.id)
-        self.guest = guest
-        self.record.guest = guest.name
-        self.services.security.check_guest(self.control.peer, guest.name)
-        await self.attach(guest)
-        examined = await guest.examine()
-        if examined.status != "inmigrate":
-            raise GuestError(
-                f"guest {guest.name} does not wait for a migration, it is {examined.status}; "
-                f"start its QEMU with -incoming defer",
-                code="guest-not-waiting",
-            )
+        examined = await self.take_waiting(name, self.control.peer)
         self._description = examined.description
         return examined.facts
 
@@ -287,23 +275,7 @@ class Answering(Move):
 
     def note(self, stage: str) -> None:
         """Put down in the journal how far it is."""
-        assert self.guest is not None
-        self.services.journal.write(
-            self.record.id,
-            "destination",
-            {
-                "guest": self.record.guest,
-                "qmp": self.services.guests.where(self.guest),
-                "peer": self.record.peer,
-                "stage": stage,
-                "baseline": self.baseline,
-                "secret": self.secret.hex(),
-                "run": self.run,
-                "capabilities": dict(self.saved.capabilities),
-                "parameters": dict(self.saved.parameters),
-                "objects": list(self.saved.objects),
-            },
-        )
+        self.note_arrival(stage, baseline=self.baseline, secret=self.secret, run=self.run)
 
 
 def _lost(error: GuestError) -> bool:

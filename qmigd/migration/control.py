@@ -22,6 +22,7 @@ from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from ..channels.inband import InBand
 from ..channels.secured import Secured, TlsSide
 from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
@@ -52,6 +53,7 @@ class Control(Protocol):
     :ivar bytes: the machine's bytes on the connection, in clear or in TLS.
     :ivar failure: why the connection is of no use any more, or ``None``.
     :ivar tls_required: this side does not go on in clear with the peer.
+    :ivar silent: the peer has not said a byte.
     """
 
     transport: Any
@@ -59,9 +61,10 @@ class Control(Protocol):
     def __init__(self, machine: Any, clock: IReactorTime, tls: TlsSide | None = None) -> None:
         """:param tls: what is done where the machine asks for TLS; ``None``: it will not."""
         self.machine = machine
-        self.bytes = Secured(machine, tls)
+        self.bytes: Secured | InBand = Secured(machine, tls)
         self.failure: QmigdError | None = None
         self.tls_required = False
+        self.silent = True
         self._clock = clock
         self._events: deque[Event] = deque()
         self._waiter: Deferred[None] | None = None
@@ -73,6 +76,14 @@ class Control(Protocol):
         self._error_said = False
         self._expiry: IDelayedCall | None = None
 
+    def go_in_band(self, *, server: bool) -> None:
+        """The handshake has its in-band form here; to be called before it begins.
+
+        :param server: this side accepted the connection.
+        """
+        assert isinstance(self.bytes, Secured)
+        self.bytes = InBand(self.bytes, server=server)
+
     # Twisted's side
 
     def connectionMade(self) -> None:
@@ -82,6 +93,7 @@ class Control(Protocol):
     def dataReceived(self, data: bytes) -> None:
         if self._lingering is not None:
             return
+        self.silent = False
         self._heard = self._clock.seconds()
         for event in self.bytes.receive(data):
             self._take(event)
@@ -288,14 +300,23 @@ class Control(Protocol):
 
 
 async def connect_control(
-    reactor: Any, address: Reachable, machine: Any, deadline: float, tls: TlsSide | None = None
+    reactor: Any,
+    address: Reachable,
+    machine: Any,
+    deadline: float,
+    tls: TlsSide | None = None,
+    *,
+    in_band: bool = False,
 ) -> Control:
     """Connect to a peer's port.
 
     :param tls: what is done where the machine asks for TLS.
+    :param in_band: the handshake has its in-band form there.
     :raises PeerGone: nobody answers there; the text has the reason.
     """
     control = Control(machine, reactor, tls)
+    if in_band:
+        control.go_in_band(server=False)
     connecting = address.client(reactor).connect(Factory.forProtocol(lambda: control))
     try:
         await with_deadline(reactor, connecting, deadline, f"a connection to {address}")

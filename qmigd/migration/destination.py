@@ -83,7 +83,7 @@ class Incoming(Answering):
                 peer=self.record.peer,
             )
             await guest.incoming(await control.take_socket())
-            await self._watch_baseline()
+            await self.until_completed()
             return
         control.listen(self._said)
         control.stay_alive(self.services.deadlines.peer)
@@ -100,16 +100,6 @@ class Incoming(Answering):
         control.machine.status({"ready": True, **ready})
         control.flush()
         await self._watch()
-
-    async def _watch_baseline(self) -> None:
-        assert self.guest is not None
-        while True:
-            status = await self.look()
-            if status == "completed":
-                return
-            if status in OVER:
-                raise MigrationError(f"QEMU's migration {status}: {await self.reason()}")
-            await self.rest()
 
     async def _watch(self) -> None:
         """Follow QEMU until the guest is here for good.

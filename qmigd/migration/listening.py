@@ -12,6 +12,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
+from ..channels.inband import InBand
 from ..channels.secured import TlsSide
 from ..errors import PeerGone, ProtocolError
 from ..handshake.destination import DestinationHandshake
@@ -32,9 +33,15 @@ class IncomingFactory(Factory):
 
     noisy = False
 
-    def __init__(self, services: Services, *, tls_required: bool = False) -> None:
-        """:param tls_required: who comes in here has to go over to TLS."""
+    def __init__(
+        self, services: Services, *, tls_required: bool = False, in_band: bool = False
+    ) -> None:
+        """
+        :param tls_required: who comes in here has to go over to TLS.
+        :param in_band: the handshake has its in-band form here.
+        """
         self._services = services
+        self._in_band = in_band
         self._tls_required = tls_required
         self._keep_keys = kernel_does_tls(services)
 
@@ -45,6 +52,8 @@ class IncomingFactory(Factory):
         # Anew each time: what is known of this host may have become more.
         connection = IncomingConnection(self._services, offered(self._services), tls)
         connection.tls_required = self._tls_required
+        if self._in_band:
+            connection.go_in_band(server=True)
         return connection
 
 
@@ -61,7 +70,8 @@ class IncomingConnection(Control):
         super().connectionMade()
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, Failed) and self.bytes.session is not None and not self._served:
+        untold = self.bytes.session is not None or isinstance(self.bytes, InBand)
+        if isinstance(event, Failed) and untold and not self._served:
             # Nobody else will tell it here: no migration has come of it.
             log.info(
                 "a connection from {peer} came to nothing: {reason}",

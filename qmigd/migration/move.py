@@ -14,8 +14,9 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from ..errors import DeadlineError, GuestError, QmigdError
-from ..interfaces import Guest, GuestFacts, PeerIdentity, Role, Settings
+from ..errors import DeadlineError, GuestError, MigrationError, QmigdError
+from ..interfaces import Examined, Guest, GuestFacts, PeerIdentity, Role, Settings
+from ..negotiation.allow import PeerNames
 from ..negotiation.plan import Plan
 from .services import Services
 from .settings import compare, settings_for
@@ -86,6 +87,50 @@ class Move:
             self.record.passed(int(data.get("pass", 0)))
         self.wake()
 
+    async def take_waiting(self, name: str | None, peer: PeerNames | None = None) -> Examined:
+        """Take hold of a guest that waits for its stream.
+
+        :param name: ``None``: the only one that waits.
+        :param peer: whose certificate it is to come with; ``None``: in clear.
+        :raises QmigdError: there is none, or it may not come from there.
+        """
+        self.record.update(step="waiting for the guest's QEMU")
+        guest = await self.services.guests.waiting(name, self.record.id)
+        self.guest = guest
+        self.record.guest = guest.name
+        self.services.security.check_guest(peer, guest.name)
+        await self.attach(guest)
+        examined = await guest.examine()
+        if examined.status != "inmigrate":
+            raise GuestError(
+                f"guest {guest.name} does not wait for a migration, it is {examined.status}; "
+                f"start its QEMU with -incoming defer",
+                code="guest-not-waiting",
+            )
+        return examined
+
+    def note_arrival(
+        self, stage: str, *, baseline: bool, secret: bytes = b"", run: bool = True
+    ) -> None:
+        """Put down in the journal how far a guest that comes in is."""
+        assert self.guest is not None
+        self.services.journal.write(
+            self.record.id,
+            "destination",
+            {
+                "guest": self.record.guest,
+                "qmp": self.services.guests.where(self.guest),
+                "peer": self.record.peer,
+                "stage": stage,
+                "baseline": baseline,
+                "secret": secret.hex(),
+                "run": run,
+                "capabilities": dict(self.saved.capabilities),
+                "parameters": dict(self.saved.parameters),
+                "objects": list(self.saved.objects),
+            },
+        )
+
     async def set_up(self, settings: Settings, facts: GuestFacts | None = None) -> Settings:
         """Set, remember what was set before, and return what is really set now.
 
@@ -119,16 +164,21 @@ class Move:
         note: Callable[[], None],
         tunables: Mapping[str, Any] | None = None,
         peer: PeerIdentity | None = None,
+        *,
+        alone: bool = False,
     ) -> Settings:
         """Set all that the plan asks for, and see that it is set.
 
         :param note: puts down what is to be put back, before anything is set.
         :param tunables: to be set as well.
         :param peer: whom it is with, if in TLS.
+        :param alone: there is no qmigd at the other side.
         :raises FeatureError: QEMU took it, but does not have it.
         """
         services = self.services
-        wanted = settings_for(plan, services.features, guest, role, services.host, peer)
+        wanted = settings_for(
+            plan, services.features, guest, role, services.host, peer, alone=alone
+        )
         every = wanted | Settings({}, tunables or {})
         self.remember(every, guest)
         note()
@@ -154,6 +204,21 @@ class Move:
         if status not in OVER and status != "none":
             self.record.update(status=status)
         return status
+
+    async def until_completed(self) -> None:
+        """Watch a guest come in by a stream that is QEMU's alone, however long that takes.
+
+        :raises MigrationError: QEMU says that it has failed.
+        :raises GuestGone: QEMU has ended.
+        """
+        while True:
+            with suppress(DeadlineError):
+                status = await self.look()
+                if status == "completed":
+                    return
+                if status in OVER:
+                    raise MigrationError(f"QEMU's migration {status}: {await self.reason()}")
+            await self.rest()
 
     async def until_over(self) -> None:
         """Wait until QEMU's migration is over, however long QEMU takes, or does not even answer.

@@ -31,6 +31,7 @@ from twisted.logger import Logger
 
 from ..channels.attach import Line, open_channel
 from ..channels.codecs import chain
+from ..channels.inband import InBand
 from ..channels.relay import (
     ChannelEnded,
     ChannelHeld,
@@ -174,9 +175,13 @@ class SourcePath(_Path):
         wake: Callable[[], Any],
         peer: Reachable,
         tls_side: Callable[..., TlsSide | None],
+        *,
+        in_band: bool,
     ) -> None:
+        """:param in_band: channels begin in the handshake's in-band form."""
         super().__init__(services, plan, migration, secret, wake)
         self._peer = peer
+        self._in_band = in_band
         self._tls_side = tls_side
 
     async def open(self, at: Network | None, ready: Mapping[str, Any]) -> str | socket.socket:
@@ -207,13 +212,14 @@ class SourcePath(_Path):
     async def _channel(self, name: str, index: int) -> PeerSocket:
         role = RoleHeader(self._migration, name, index)
         tls = TLS in self._plan.features
+        secured = Secured(
+            ChannelHandshake(role, self._secret, tls=tls),
+            self._tls_side(payload=True) if tls else None,
+        )
         line = await open_channel(
             self._services.reactor,
             self._peer.client(self._services.reactor),
-            Secured(
-                ChannelHandshake(role, self._secret, tls=tls),
-                self._tls_side(payload=True) if tls else None,
-            ),
+            InBand(secured, server=False) if self._in_band else secured,
             self._services.deadlines.handshake,
         )
         peer = self._peer

@@ -18,9 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
+from twisted.logger import Logger
 
 from ..channels.secured import TlsSide
-from ..errors import FeatureError, GuestError, MigrationError, ProtocolError
+from ..errors import DeadlineError, FeatureError, GuestError, MigrationError, ProtocolError
 from ..handshake.events import FeatureSaid, Prepared, Secured
 from ..handshake.source import SourceHandshake
 from ..interfaces import (
@@ -43,10 +44,19 @@ from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Terms, Traits, expect
 from ..transports.programs import reach
-from ..transports.uri import Address, Reachable, TcpAddress, network_of
+from ..transports.sockets import limit_reads
+from ..transports.uri import (
+    Address,
+    InBandAddress,
+    Reachable,
+    TcpAddress,
+    bare,
+    network_of,
+)
 from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
+from .legacy import check_policy, plain_plan
 from .move import Move
 from .offer import kernel_does_tls, not_offered
 from .services import Services
@@ -54,6 +64,8 @@ from .settings import compare, settings_for, settings_from_wire
 from .status import Record
 
 __all__ = ["Cancelled", "Proposing", "check_movable"]
+
+log = Logger()
 
 #: Run states in which a guest has nothing that could be moved.
 _NOT_MOVABLE = {
@@ -85,6 +97,7 @@ class Proposing(Move):
 
     :ivar uri: where the peer listens.
     :ivar transport: by which it is reached, out of :data:`~qmigd.interfaces.TRANSPORTS`.
+    :ivar in_band: the handshake has its in-band form there.
     :ivar reached: where it was reached at: of a name with several addresses, the one that is
         this very host.
     :ivar programs: what carries the connections of ``exec:``, or ``None``.
@@ -96,6 +109,7 @@ class Proposing(Move):
     :ivar was_running: the guest ran when its migration began.
     :ivar cancelled: why the user wants an end of it, or ``None``.
     :ivar baseline: no feature was selected: the stream takes the control connection.
+    :ivar plain: nobody has greeted: there is no qmigd at the destination.
     :ivar hostname: what the peer's certificate has to be for; empty: nobody has said.
     """
 
@@ -109,9 +123,11 @@ class Proposing(Move):
         tls_hostname: str | None = None,
     ) -> None:
         super().__init__(services, record)
-        self.uri, self.programs = reach(services.reactor, uri, record.name)
+        self.in_band = isinstance(uri, InBandAddress)
+        place = bare(uri)
+        self.uri, self.programs = reach(services.reactor, place, record.name)
         self.reached: Reachable = self.uri
-        self.transport = str(uri).partition(":")[0]
+        self.transport = str(place).partition(":")[0]
         self.policy = policy
         self.tunables = tunables
         self.calling: Deferred[list[str]] | None = None
@@ -122,8 +138,9 @@ class Proposing(Move):
         self.was_running = True
         self.cancelled: str | None = None
         self.baseline = False
+        self.plain = False
         # But over TCP there is no name but one that is given.
-        self.hostname = tls_hostname or (uri.host if isinstance(uri, TcpAddress) else "")
+        self.hostname = tls_hostname or (place.host if isinstance(place, TcpAddress) else "")
 
     @property
     def in_tls(self) -> bool:
@@ -147,13 +164,25 @@ class Proposing(Move):
         deadline = self.services.deadlines.handshake
         machine = SourceHandshake()
         control = await connect_control(
-            self.services.reactor, self.uri, machine, deadline, self.tls_side()
+            self.services.reactor,
+            self.uri,
+            machine,
+            deadline,
+            self.tls_side(),
+            in_band=self.in_band,
         )
         self.control = control
         at = network_of(control.transport.getPeer())
         if isinstance(self.uri, TcpAddress) and isinstance(at, TcpAddress):
             self.reached = replace(at, mptcp=self.uri.mptcp)
-        greeted = await control.greeted(deadline)
+        try:
+            greeted = await control.greeted(deadline)
+        except DeadlineError:
+            if not control.silent or self.in_band:
+                raise  # this side has said something there already
+            limit_reads(control.transport, 0)
+            self.plain = True
+            return []
         candidates = self._candidates(greeted.features)
         machine.reply(candidates)
         control.flush()
@@ -218,6 +247,9 @@ class Proposing(Move):
         assert self.control is not None
         if self.control.failure is not None:
             raise self.control.failure
+        if self.plain:
+            self._go_plain(probe)
+            return facts
         control, machine, left_out = self.control, self.control.machine, self.left_out
 
         machine.guest(examined.description)
@@ -263,6 +295,19 @@ class Proposing(Move):
         self._agree(said.body, terms, agreements, left_out, facts)
         self.baseline = not candidates
         return facts
+
+    def _go_plain(self, probe: bool) -> None:
+        """Do without a qmigd at the destination, if that is allowed."""
+        policy = replace(self.policy, legacy="refuse") if probe else self.policy
+        check_policy(policy, self.record.guest, str(self.uri), self.services.deadlines.handshake)
+        log.info(
+            "guest {guest} goes to {peer} as QEMU's plain stream: no qmigd has greeted there, and "
+            "no feature is used",
+            guest=self.record.guest,
+            peer=self.uri,
+        )
+        self.plan = self.record.plan = plain_plan(self.services.features, "destination")
+        self.baseline = True
 
     def _propose(self, name: str, facts: GuestFacts) -> dict[str, Any]:
         feature = self.services.features[name]

@@ -17,7 +17,7 @@ from ..channels.saved_files import discard
 from ..errors import GuestGone, QmigdError
 from ..interfaces import Settings
 from ..transports.programs import reach
-from ..transports.uri import parse_uri
+from ..transports.uri import InBandAddress, bare, parse_uri
 from .move import OVER, Move
 from .services import Services
 from .verdicts import ask
@@ -89,10 +89,11 @@ async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
     """Whether the destination says so of a guest that was released to it."""
     services = move.services
     try:
-        peer, secret = parse_uri(entry["peer"]), bytes.fromhex(entry["secret"])
+        uri, secret = parse_uri(entry["peer"]), bytes.fromhex(entry["secret"])
     except (QmigdError, KeyError, ValueError) as error:
         log.warn("migration {id} cannot be asked about: {error}", id=move.record.id, error=error)
         return False
+    peer = bare(uri)
     hostname = entry.get("tls-hostname")
     tls = services.security.calling(hostname) if hostname else None
     reached, programs = reach(services.reactor, peer, move.record.name)
@@ -107,6 +108,7 @@ async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
                     secret,
                     services.deadlines.handshake,
                     tls,
+                    in_band=isinstance(uri, InBandAddress),
                 )
             except QmigdError as error:
                 log.info("no answer from {peer}: {error}", peer=reached, error=error.text)

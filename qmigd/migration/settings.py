@@ -22,6 +22,10 @@ __all__ = ["compare", "settings_for", "settings_from_wire", "settings_to_wire"]
 #: completed that failed at the destination; without events nobody hears of it.
 ALWAYS = {"return-path": True, "events": True}
 
+#: Off where the other side's QEMU cannot be asked: each of them fails, hangs or corrupts a
+#: migration in which it is set on one side only.
+ALONE = ("switchover-ack", "x-colo", "x-ignore-shared", "mapped-ram")
+
 
 def settings_for(
     plan: Plan,
@@ -30,6 +34,8 @@ def settings_for(
     role: Role,
     host: Host | None = None,
     peer: PeerIdentity | None = None,
+    *,
+    alone: bool = False,
 ) -> Settings:
     """Return everything that has to be set on this side's QEMU.
 
@@ -38,11 +44,12 @@ def settings_for(
 
     :param host: this one; without it, what depends on host and peer is left out.
     :param peer: whom it is with, if in TLS.
+    :param alone: there is no qmigd at the other side.
     """
     capabilities = {name: on for name, on in ALWAYS.items() if name in guest.capabilities}
     capabilities.update(
         (name, False)
-        for name in features
+        for name in (*features, *(ALONE if alone else ()))
         if name in guest.capabilities and name not in plan.features
     )
     settings = Settings(capabilities)

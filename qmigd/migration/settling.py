@@ -71,6 +71,7 @@ class Settling(Proposing):
                     self.secret,
                     self.services.deadlines.handshake,
                     self.tls_side() if self.in_tls else None,
+                    in_band=self.in_band,
                 )
             except QmigdError as error:
                 log.info("no answer from {peer}: {error}", peer=self.uri, error=error.text)
@@ -204,7 +205,8 @@ class Settling(Proposing):
     def _part(self, error: QmigdError | None) -> None:
         control = self.control
         assert control is not None
-        streams = self.baseline and self._started  # the connection is QEMU's
+        # The connection is QEMU's, or nobody is there who would understand.
+        streams = self.plain or (self.baseline and self._started)
         if error is None or control.failure is not None or self._outcome is not None or streams:
             control.close()
         elif isinstance(error, Cancelled) and self._started:

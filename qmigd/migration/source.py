@@ -222,12 +222,15 @@ class Outgoing(Settling):
         own = {key: value for key, value in self.tunables.items() if key not in negotiated}
         self._raise_if_over()
         peer = PeerIdentity(self.hostname, control.peer_subject) if self.in_tls else None
-        await self.set_up_plan(plan, facts, "source", lambda: self._note("started"), own, peer)
+        await self.set_up_plan(
+            plan, facts, "source", lambda: self._note("started"), own, peer, alone=self.plain
+        )
 
         self._bandwidth = facts.parameters.get(BANDWIDTH)
         self._started = True
-        control.machine.start()
-        control.flush()
+        if not self.plain:
+            control.machine.start()
+            control.flush()
         self.record.update(step="moving RAM")
         if self.baseline:
             channel: str | socket.socket = await control.take_socket()
@@ -246,6 +249,7 @@ class Outgoing(Settling):
                 self.wake,
                 self._payload_address(plan),
                 self.tls_side,
+                in_band=self.in_band,
             )
             at = network_of(control.transport.getPeer())
             channel = await self._path.open(at, self._ready or {})

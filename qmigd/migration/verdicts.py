@@ -98,15 +98,18 @@ async def ask(
     secret: bytes,
     deadline: float,
     tls: TlsSide | None = None,
+    *,
+    in_band: bool = False,
 ) -> Mapping[str, Any]:
     """Ask a destination what became of a guest; returns the body of its OUTCOME.
 
     :param deadline: in seconds, for each step.
     :param tls: of a migration that was one in TLS.
+    :param in_band: the handshake has its in-band form there.
     :raises QmigdError: it cannot be reached, or does not know.
     """
     machine = SourceHandshake()
-    control = await connect_control(reactor, peer, machine, deadline, tls)
+    control = await connect_control(reactor, peer, machine, deadline, tls, in_band=in_band)
     try:
         await control.greeted(deadline)
         machine.reply([TLS] if tls else [])

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import FeatureError
 
-__all__ = ["Policy"]
+__all__ = ["LEGACY", "Legacy", "Policy"]
+
+#: What is done where nobody greets.
+Legacy = Literal["refuse", "allow"]
+LEGACY: tuple[Legacy, ...] = ("refuse", "allow")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Names of features, or of paths, in three lists.
+    """Names of features, or of paths, in three lists, and what becomes of old peers.
 
     :ivar prefer: taken before others where they exclude each other, in this order.
     :ivar require: the migration is refused without them.
     :ivar exclude: never taken.
+    :ivar legacy: whether a destination without a qmigd gets QEMU's plain stream.
     """
 
     prefer: tuple[str, ...] = ()
     require: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    legacy: Legacy = "refuse"
 
     def narrowed(
         self,
         prefer: Iterable[str] = (),
         require: Iterable[str] = (),
         exclude: Iterable[str] = (),
+        legacy: Legacy | None = None,
     ) -> Policy:
         """Add what one migration asks for.
 
         The operator's ``require`` and ``exclude`` stay in force: whoever asks for the
         contrary is refused.  In ``prefer`` the migration's own names come first.
 
+        :param legacy: ``None``: as the operator says.
         :raises FeatureError: the same name would be required and excluded.
         """
         require, exclude = tuple(require), tuple(exclude)
@@ -55,6 +64,7 @@ class Policy:
             _unique((*prefer, *self.prefer)),
             _unique((*self.require, *require)),
             _unique((*self.exclude, *exclude)),
+            legacy or self.legacy,
         )
 
     def unknown(self, known: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import ipaddress
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.endpoints import (
@@ -38,11 +38,13 @@ __all__ = [
     "Address",
     "Door",
     "ExecAddress",
+    "InBandAddress",
     "Network",
     "Reachable",
     "TcpAddress",
     "UnixAddress",
     "VsockAddress",
+    "bare",
     "network_of",
     "parse_uri",
 ]
@@ -207,7 +209,33 @@ class ExecAddress:
 
 #: Where a daemon can listen.
 Door = TcpAddress | UnixAddress | VsockAddress
-Address = Door | ExecAddress
+
+A = TypeVar("A", bound=Door | ExecAddress, covariant=True)
+
+
+@dataclass(frozen=True)
+class InBandAddress(Generic[A]):
+    """``in-band:`` and another address: the handshake has its in-band form there.
+
+    :ivar inner: where that is.
+    """
+
+    inner: A
+
+    def __str__(self) -> str:
+        return f"{_IN_BAND}{self.inner}"
+
+
+Address = Door | ExecAddress | InBandAddress[Door | ExecAddress]
+
+_IN_BAND = "in-band:"
+
+
+def bare(address: A | InBandAddress[A]) -> A:
+    """Return an address without the form of the handshake there."""
+    return address.inner if isinstance(address, InBandAddress) else address
+
+
 #: What a QEMU has an address of its own in.
 Network = TcpAddress | VsockAddress
 
@@ -225,9 +253,16 @@ def network_of(end: object) -> Network | None:
 def parse_uri(text: str, argv: Sequence[str] = ()) -> Address:
     """Read a URI: ``tcp:HOST``, ``tcp:HOST:PORT``, ``tcp:[IPV6]:PORT`` or another kind.
 
+    ``in-band:`` before it stands for the other form of the handshake.
+
     :param argv: a program and its arguments; the URI is ``exec:`` then, and no more.
     :raises ArgumentError: it is none of these; the text says what is wrong with it.
     """
+    if text.startswith(_IN_BAND):
+        inner = parse_uri(text.removeprefix(_IN_BAND), argv)
+        if isinstance(inner, InBandAddress):
+            raise ArgumentError(f'"{text}": {_IN_BAND} stands there once.')
+        return InBandAddress(inner)
     scheme, colon, rest = text.partition(":")
     if not colon:
         raise ArgumentError(f'"{text}" is not a URI: write {_FORMS}.')

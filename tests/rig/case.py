@@ -20,7 +20,11 @@ class RigCase(TestCase):
     """A test whose guests, daemons and links end with it.
 
     If it fails, what its daemons and QEMUs have printed is shown.
+
+    :cvar in_band: its daemons listen for the handshake's in-band form.
     """
+
+    in_band = False
 
     def guest(self, qemu: Qemu, name: str = "guest", **options: Any) -> Guest:
         """Prepare a guest (see :class:`Guest`); it is not started."""
@@ -30,7 +34,7 @@ class RigCase(TestCase):
 
     def daemon(self, name: str = "qmigd", **options: Any) -> Daemon:
         """Prepare a daemon (see :class:`Daemon`); it is not started."""
-        daemon = Daemon(name, **options)
+        daemon = Daemon(name, in_band=self.in_band, **options)
         self._keep(daemon)
         return daemon
 

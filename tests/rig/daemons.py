@@ -94,6 +94,7 @@ class Daemon:
         namespace: Namespace | None = None,
         python: str = sys.executable,
         prefix: Sequence[str] = (),
+        in_band: bool = False,
         **daemon: Any,
     ) -> None:
         """Prepare a daemon; :meth:`start` starts it.
@@ -104,6 +105,7 @@ class Daemon:
         :param namespace: where its network is, if not here; it listens on the address there.
         :param prefix: what its command line begins with, to run it somewhere special.
         :param python: the interpreter of the environment that has qmigd.
+        :param in_band: it listens for the handshake's in-band form.
         :param daemon: the table ``[daemon]``; ``_`` in a name stands for ``-``.
         """
         self.name = name
@@ -116,7 +118,8 @@ class Daemon:
             table.setdefault("insecure", True)
         else:
             ports = free_ports(_DIRECT_PORTS + 1)
-            table.setdefault("listen", [f"tcp:127.0.0.1:{ports[0]}"])
+            form = "in-band:" if in_band else ""
+            table.setdefault("listen", [f"{form}tcp:127.0.0.1:{ports[0]}"])
             table.setdefault("direct-ports", f"{ports[1]}-{ports[-1]}")
         table.setdefault("monitor", f"unix:{self.monitor_path}")
         table.setdefault("state-dir", os.path.join(self.directory, "state"))
