@@ -19,10 +19,11 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from qmigd.errors import ArgumentError, CommandNotFound
 from qmigd.qmp.codec import SERVER_LIMIT
+from qmigd.qmp.descriptors import MAX_NAMED, MAX_UNNAMED, Descriptors
 from qmigd.qmp.server import EVENT_BACKLOG, QUEUE, QMPServer
 
 
-class ServerTests(SynchronousTestCase):
+class ServerBase(SynchronousTestCase):
     """Clients over transports in memory; commands end when the test says so."""
 
     def setUp(self) -> None:
@@ -30,9 +31,12 @@ class ServerTests(SynchronousTestCase):
         self.clock.advance(1_700_000_000.25)
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.slow: list[Deferred[Any]] = []
+        self.taken: list[int] = []
         self.server = QMPServer(self.clock, self.dispatch, "1.2.3", "qmigd")
 
-    async def dispatch(self, command: str, arguments: dict[str, Any]) -> Any:
+    async def dispatch(
+        self, command: str, arguments: dict[str, Any], descriptors: Descriptors
+    ) -> Any:
         self.calls.append((command, arguments))
         match command:
             case "echo":
@@ -41,6 +45,12 @@ class ServerTests(SynchronousTestCase):
                 self.slow.append(Deferred())
                 return await self.slow[-1]
             case "nothing":
+                return None
+            case "getfd":
+                descriptors.name(arguments["fdname"])
+                return None
+            case "take":
+                self.taken.append(descriptors.take(arguments["fdname"]))
                 return None
             case "wrong":
                 raise ArgumentError("guest has to be a name", code="argument")
@@ -74,6 +84,10 @@ class ServerTests(SynchronousTestCase):
             data = command if isinstance(command, bytes) else json.dumps(command).encode()
             protocol.dataReceived(data + b"\n")
         return self.heard(transport)
+
+
+class ServerTests(ServerBase):
+    """The dialect, and its bounds."""
 
     def test_greeting(self) -> None:
         """A client is greeted as QEMU does it."""
@@ -228,6 +242,107 @@ class ServerTests(SynchronousTestCase):
         self.assertTrue(transport.disconnecting)
 
 
+class DescriptorTests(ServerBase):
+    """Descriptors that come with messages; here they are ends of pipes."""
+
+    def send(self, client: Any, *commands: dict[str, Any]) -> int:
+        """Send a descriptor and commands, and return what shows whether it is still open."""
+        read, write = os.pipe()
+        self.addCleanup(os.close, read)
+        os.set_blocking(read, False)
+        client.fileDescriptorReceived(write)
+        for command in commands:
+            client.dataReceived(json.dumps(command).encode())
+        return read
+
+    def is_open(self, read: int) -> bool:
+        """Whether the other end of a pipe is."""
+        try:
+            return os.read(read, 1) != b""
+        except BlockingIOError:
+            return True
+
+    def getfd(self, name: str) -> dict[str, Any]:
+        return {"execute": "getfd", "arguments": {"fdname": name}}
+
+    def take(self, name: str) -> dict[str, Any]:
+        return {"execute": "take", "arguments": {"fdname": name}}
+
+    def test_named_and_taken(self) -> None:
+        """Getfd names a descriptor, and the command that takes it has it for its own."""
+        client, transport = self.client()
+        read = self.send(client, self.getfd("a"), self.take("a"), self.take("a"))
+        named, taken, again = self.heard(transport)
+        self.assertEqual([{"return": {}}] * 2, [named, taken])
+        self.assertIn("No file descriptor is called 'a'", again["error"]["desc"])
+        (descriptor,) = self.taken
+        self.assertFalse(os.get_inheritable(descriptor))
+        client.connectionLost()
+        self.assertTrue(self.is_open(read))
+        os.close(descriptor)
+        self.assertFalse(self.is_open(read))
+
+    def test_in_order(self) -> None:
+        """Several that come before their commands are named in the order in which they came."""
+        client, _ = self.client()
+        first, second = self.send(client), self.send(client)
+        client.dataReceived(json.dumps(self.getfd("a")).encode())
+        client.dataReceived(json.dumps(self.getfd("b")).encode())
+        client.dataReceived(json.dumps(self.take("b")).encode())
+        os.close(self.taken[0])
+        self.assertEqual([True, False], [self.is_open(first), self.is_open(second)])
+        client.connectionLost()
+        self.assertFalse(self.is_open(first))
+
+    def test_closed_with_the_client(self) -> None:
+        """What nobody has taken is closed when the client goes, named or not."""
+        client, _ = self.client()
+        reads = [self.send(client, self.getfd("a")), self.send(client)]
+        self.assertEqual([True, True], list(map(self.is_open, reads)))
+        client.connectionLost()
+        self.assertEqual([False, False], list(map(self.is_open, reads)))
+
+    def test_name_again(self) -> None:
+        """A descriptor that had the name before is closed."""
+        client, _ = self.client()
+        first, second = self.send(client, self.getfd("a")), self.send(client, self.getfd("a"))
+        self.assertEqual([False, True], [self.is_open(first), self.is_open(second)])
+        client.connectionLost()
+
+    def test_refused(self) -> None:
+        """A descriptor that cannot be named is closed; a getfd without one is told so."""
+        client, transport = self.client()
+        for name in ("", "1a"):
+            self.assertFalse(self.is_open(self.send(client, self.getfd(name))))
+            self.assertIn("digit", self.heard(transport)[0]["error"]["desc"])
+        client.dataReceived(json.dumps(self.getfd("a")).encode())
+        self.assertIn("No file descriptor has come", self.heard(transport)[0]["error"]["desc"])
+        client.connectionLost()
+
+    def test_not_shared(self) -> None:
+        """One client's descriptors are not another's."""
+        client, _ = self.client()
+        self.send(client, self.getfd("a"))
+        other, transport = self.client()
+        other.dataReceived(json.dumps(self.take("a")).encode())
+        self.assertIn("on this connection", self.heard(transport)[0]["error"]["desc"])
+        client.connectionLost()
+
+    def test_bounds(self) -> None:
+        """A client can have so many at once, and loses the connection if it sends without end."""
+        client, transport = self.client()
+        reads = [self.send(client, self.getfd(f"a{n}")) for n in range(MAX_NAMED + 1)]
+        self.assertIn("closefd", self.heard(transport)[-1]["error"]["desc"])
+        self.assertFalse(self.is_open(reads[-1]))
+        reads += [self.send(client) for _ in range(MAX_UNNAMED)]
+        self.assertFalse(transport.disconnecting)
+        reads.append(self.send(client))
+        self.assertTrue(transport.disconnecting)
+        self.assertIn("without a getfd", self.heard(transport)[0]["error"]["desc"])
+        client.connectionLost()
+        self.assertFalse(any(map(self.is_open, reads)))
+
+
 #: Drives the server with the qemu.qmp library, and prints what it saw.
 FOREIGN = """
 import asyncio, json, sys
@@ -264,7 +379,9 @@ class ForeignClientTests(TestCase):
         """It is greeted, gets answers, errors with their class, and events."""
         server: QMPServer
 
-        async def dispatch(command: str, arguments: dict[str, Any]) -> Any:
+        async def dispatch(
+            command: str, arguments: dict[str, Any], descriptors: Descriptors
+        ) -> Any:
             if command == "echo":
                 return arguments
             if command == "announce":

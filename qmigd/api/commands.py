@@ -38,6 +38,8 @@ _TUNABLES = (
     'QEMU declares for that name, so `"4"` does where `4` would.'
 )
 
+_FDNAME = Member("fdname", STR, "the name that `getfd` has given the descriptor.")
+
 _TLS_HOSTNAME = Member(
     "tls-hostname",
     STR,
@@ -340,6 +342,23 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     ("argument", "A name is a feature, or is unknown to the guest's QEMU."),
                     ("guest", "QEMU refused a value; the text has its words."),
                 ),
+            ),
+            Command(
+                "getfd",
+                "Take a file descriptor from this client, and give it a name.\n\n"
+                "The descriptor comes with the command, by SCM_RIGHTS. It belongs to this "
+                "connection: the commands that use it have to come over the same one, and what "
+                "none has taken is closed with it. A descriptor that had the name is closed.",
+                (Member("fdname", STR, "its name; it does not begin with a digit."),),
+                errors=(("argument", "No descriptor has come, or it cannot be called so."),),
+                descriptors=True,
+            ),
+            Command(
+                "closefd",
+                "Close a descriptor that `getfd` has given a name.",
+                (_FDNAME,),
+                errors=(("argument", "There is no descriptor of that name."),),
+                descriptors=True,
             ),
         )
     }

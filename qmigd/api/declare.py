@@ -96,6 +96,7 @@ class Command:
     :ivar errors: code (:mod:`qmigd.errors`) and when it comes.  ``argument``
         is not listed: every command that takes arguments has it.
     :ivar since: the version of qmigd that brought it.
+    :ivar descriptors: it works with the file descriptors that the client has sent.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Command:
     returns: Type | None = None
     errors: tuple[tuple[str, str], ...] = ()
     since: str = "0.1"
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,18 @@ from ..negotiation.obstacles import Obstacle
 from ..negotiation.policy import Legacy, Policy
 from ..transports.uri import Address, InBandAddress, TcpAddress, bare, parse_uri
 from ..wire.greeting import VERSION
+from .channel_commands import ChannelCommands
 from .config import guest_config, unknown_names
 from .registry import GuestRegistry
 
 __all__ = ["Commands"]
 
 
-class Commands:
+class Commands(ChannelCommands):
     """The commands of one daemon."""
 
     def __init__(self, services: Services, guests: GuestRegistry) -> None:
-        self._services = services
+        super().__init__(services)
         self._guests = guests
         self._outgoing: dict[str, Outgoing | Saving | Restoring] = {}
         self._filing: dict[Saving | Restoring, Deferred[Any]] = {}

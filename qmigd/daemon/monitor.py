@@ -15,6 +15,8 @@ from twisted.internet.interfaces import IListeningPort
 
 from .. import __version__
 from ..api import COMMANDS, check_arguments, command
+from ..errors import ArgumentError
+from ..qmp.descriptors import Descriptors
 from ..qmp.server import QMPServer
 from ..transports.doors import listen_unix
 
@@ -27,7 +29,8 @@ class Operations(Protocol):
     """What the daemon can do: one method for each command of :data:`qmigd.api.COMMANDS`.
 
     Each has the command's name with underscores, and takes the arguments by
-    name; those that the client left out are not passed.  What it returns is the
+    name; those that the client left out are not passed.  One that is declared to work
+    with descriptors also gets those of its client.  What it returns is the
     answer, ``None`` for the empty object; what it raises of :mod:`qmigd.errors`
     is told the client.
     """
@@ -76,6 +79,10 @@ class Operations(Protocol):
 
     async def migrate_set_parameters(self, guest: str, tunables: Mapping[str, Any]) -> None: ...
 
+    async def getfd(self, fdname: str, *, descriptors: Descriptors) -> None: ...
+
+    async def closefd(self, fdname: str, *, descriptors: Descriptors) -> None: ...
+
 
 class Monitor:
     """The management socket of one daemon."""
@@ -111,16 +118,26 @@ class Monitor:
         """Tell every client of an event of :data:`qmigd.api.EVENTS`."""
         self._server.event(name, data)
 
-    async def dispatch(self, name: str, arguments: Mapping[str, Any]) -> Any:
+    async def dispatch(
+        self, name: str, arguments: Mapping[str, Any], descriptors: Descriptors
+    ) -> Any:
         """Check a command and carry it out.
 
         :raises CommandNotFound: there is none of that name.
         :raises ArgumentError: its arguments do not fit its declaration.
         """
-        check_arguments(command(name), arguments)
-        return await self._handlers[name](
-            **{argument.replace("-", "_"): value for argument, value in arguments.items()}
-        )
+        declared = command(name)
+        try:
+            check_arguments(declared, arguments)
+        except ArgumentError:
+            if name == "getfd":
+                # Else the next getfd would take the one that came with this one.
+                descriptors.drop()
+            raise
+        given = {argument.replace("-", "_"): value for argument, value in arguments.items()}
+        if declared.descriptors:
+            given["descriptors"] = descriptors
+        return await self._handlers[name](**given)
 
 
 def _handler(operations: Operations, name: str) -> Any:

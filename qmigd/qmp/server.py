@@ -5,6 +5,9 @@ commands are run one after another and answered in that order; clients do not
 wait for each other.  Whatever a client sends is answered: what is no JSON, no
 command or no argument with an error that says so.
 
+Over a unix socket a client may hand over file descriptors
+(:mod:`qmigd.qmp.descriptors`); what a command does with them is the command's affair.
+
 Memory is bounded for each client: a message has a limit, no more is read while
 commands wait, no command is begun while the client does not read its answers,
 and one that does not even read its events is let go.
@@ -17,7 +20,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IAddress, IPushProducer, IReactorTime
+from twisted.internet.interfaces import (
+    IAddress,
+    IFileDescriptorReceiver,
+    IPushProducer,
+    IReactorTime,
+)
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -25,6 +33,7 @@ from zope.interface import implementer
 
 from qmigd.errors import CommandNotFound, ProtocolError, QmigdError
 from qmigd.qmp.codec import SERVER_LIMIT, Decoder, Message, encode
+from qmigd.qmp.descriptors import Descriptors
 
 __all__ = ["EVENT_BACKLOG", "QUEUE", "Dispatch", "QMPServer"]
 
@@ -34,8 +43,8 @@ QUEUE = 8
 #: Bytes of events that wait for a client that does not read; then it is let go.
 EVENT_BACKLOG = 1 << 20
 
-#: Runs a command: takes its name and its arguments, returns JSON.
-Dispatch = Callable[[str, dict[str, Any]], Awaitable[Any]]
+#: Runs a command: takes its name, its arguments and the client's descriptors, returns JSON.
+Dispatch = Callable[[str, dict[str, Any], Descriptors], Awaitable[Any]]
 
 _log = Logger()
 
@@ -94,7 +103,7 @@ class _Refusal(Exception):
         self.desc = desc
 
 
-@implementer(IPushProducer)
+@implementer(IPushProducer, IFileDescriptorReceiver)
 class _Client(Protocol):
     """One client; produces its answers for the transport, as fast as that takes them."""
 
@@ -103,6 +112,7 @@ class _Client(Protocol):
     def __init__(self, server: QMPServer) -> None:
         self._server = server
         self._decoder = Decoder(SERVER_LIMIT)
+        self._descriptors = Descriptors()
         self._queue: deque[Message | ProtocolError] = deque()
         self._ready = False  # in command mode
         self._busy = False  # with commands
@@ -121,16 +131,22 @@ class _Client(Protocol):
         try:
             self._queue.extend(self._decoder.feed(data))
         except ProtocolError as error:
-            self._write_error("GenericError", error.text, error.code)
-            self.transport.loseConnection()
+            self._refuse(error)
             return
         self._next()
+
+    def fileDescriptorReceived(self, descriptor: int) -> None:
+        try:
+            self._descriptors.receive(descriptor)
+        except ProtocolError as error:
+            self._refuse(error)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._gone = True
         self._server.clients.discard(self)
         self._queue.clear()
         self._unread.clear()
+        self._descriptors.close()
 
     def pauseProducing(self) -> None:
         self._blocked = True
@@ -192,7 +208,7 @@ class _Client(Protocol):
                 self._negotiate(command, arguments)
                 result: Any = {}
             else:
-                result = await self._server.dispatch(command, arguments)
+                result = await self._server.dispatch(command, arguments, self._descriptors)
             answer = encode({"return": {} if result is None else result, **id_})
         except _Refusal as refusal:
             self._write_error(refusal.kind, refusal.desc, "command", id_)
@@ -221,6 +237,11 @@ class _Client(Protocol):
         if arguments.get("enable"):
             raise _Refusal("GenericError", "There are no capabilities that could be enabled")
         self._ready = True
+
+    def _refuse(self, error: ProtocolError) -> None:
+        """Say why, and let the client go."""
+        self._write_error("GenericError", error.text, error.code)
+        self.transport.loseConnection()
 
     def _write(self, message: Message | bytes) -> None:
         if not self._gone:
