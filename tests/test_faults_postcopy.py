@@ -12,11 +12,11 @@ from typing import Any
 
 from tests.rig.bootsector import PAGE, Program
 from tests.rig.daemons import free_ports
-from tests.rig.guest import Guest
+from tests.rig.guest import MACHINE, Guest
 from tests.rig.news import ask_until
-from tests.rig.pair import Pair, PairCase, same_ram
+from tests.rig.pair import SLOW, Pair, PairCase, same_ram
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
-from tests.rig.proxy import Proxy
+from tests.rig.proxy import Deaf, Proxy
 from tests.rig.qmp import QmpError
 
 #: A small window, so that what is left for postcopy is little; it is dirtied faster than
@@ -265,3 +265,19 @@ class KilledTests(PairCase):
             self.finish(pair)
             pair.completed()
             pair.prove_moved()
+
+
+class ChannelTests(PairCase):
+    """A channel that does not come about is noticed while the guest can still stay."""
+
+    def test_preempt(self) -> None:
+        """However early or late QEMU opens it: by itself it would go over without."""
+        for machine in (MACHINE, "pc-i440fx-8.0"):
+            pair = self.pair("10.0", here={"handshake_deadline": 1.0}, machine=machine).start()
+            proxy = Deaf(pair.there.uri, 2)  # the control connection, and main
+            self.addCleanup(proxy.close)
+            pair.begin("relay", "preempt", bandwidth=SLOW, uri=proxy.uri)
+            with self.assertRaises(QmpError):
+                pair.postcopy()
+            self.assertIn("did not accept a payload channel within 1", pair.failed(pair.here))
+            pair.prove_stayed()

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from ..channels.attach import Line, open_channel
@@ -64,6 +64,9 @@ from .services import Services
 __all__ = ["DestinationPath", "SourcePath"]
 
 log = Logger()
+
+#: Seconds between two looks at channels that are being opened.
+_LOOK = 0.05
 
 
 class _Path:
@@ -183,6 +186,8 @@ class SourcePath(_Path):
         self._peer = peer
         self._in_band = in_band
         self._tls_side = tls_side
+        self._ahead: dict[tuple[str, int], Deferred[Any]] = {}
+        self._opening: Deferred[PeerSocket] | None = None
 
     async def open(self, at: Network | None, ready: Mapping[str, Any]) -> str | socket.socket:
         """Make ready.
@@ -209,7 +214,72 @@ class SourcePath(_Path):
         self._relay = relay
         return str(relay.listen())
 
-    async def _channel(self, name: str, index: int) -> PeerSocket:
+    async def complete(self, pause: Callable[[float], Awaitable[None]]) -> None:
+        """See that every channel has reached the peer, before the guest is let go of.
+
+        QEMU takes a channel for connected once the relay has it, and may open its last one
+        (preempt) only when its guest is to run at the destination, where it would be missed
+        for good if it did not come about.  So what QEMU has not opened yet is opened ahead.
+
+        :param pause: waits for so many seconds.
+        :raises QmigdError: a channel cannot be had; the path has failed.
+        """
+        relay = self._relay
+        if relay is None:
+            return
+        await self._settled(relay, pause)
+        for channel in self._plan.channels:
+            if channel not in [(begun.name, begun.index) for begun in relay.channels()]:
+                await self._open_ahead(channel)
+                # One after another, as ever: a QEMU that gets preempt before its multifd
+                # channels waits for what preempt is going to say, and does nothing else.
+                await self._settled(relay, pause)
+
+    async def _settled(
+        self, relay: SourceRelay | DestinationRelay, pause: Callable[[float], Awaitable[None]]
+    ) -> None:
+        """Wait for the channels that are on their way."""
+        while any(begun.state == "opening" for begun in relay.channels()):
+            await pause(_LOOK)
+        if self.failure is not None:
+            raise self.failure
+
+    async def _open_ahead(self, channel: tuple[str, int]) -> None:
+        handed = self._ahead[channel] = Deferred()
+        self._opening = Deferred.fromCoroutine(self._open(*channel))
+        try:
+            end = await self._opening
+        except (CancelledError, QmigdError) as error:
+            reason = error.text if isinstance(error, QmigdError) else "the migration is over"
+            failure = PeerGone(f"channel {channel[0]} to the peer cannot be opened: {reason}")
+            if self._ahead.pop(channel, None) is None and not handed.called:
+                # QEMU has asked for it meanwhile.
+                handed.errback(failure)
+            self._fail(failure)
+        else:
+            if handed.called:
+                end.close()
+            else:
+                handed.callback(end)
+
+    def abandon(self) -> None:
+        """Open nothing more ahead of time."""
+        if self._opening is not None:
+            self._opening.cancel()
+
+    def close(self) -> None:
+        super().close()
+        self.abandon()
+        ahead, self._ahead = self._ahead, {}
+        for handed in ahead.values():
+            handed.addCallback(lambda end: end.close())
+
+    def _channel(self, name: str, index: int) -> Deferred[PeerSocket]:
+        """Open a channel to the peer, unless that was done ahead of time."""
+        ahead = self._ahead.pop((name, index), None)
+        return ahead if ahead is not None else Deferred.fromCoroutine(self._open(name, index))
+
+    async def _open(self, name: str, index: int) -> PeerSocket:
         role = RoleHeader(self._migration, name, index)
         tls = TLS in self._plan.features
         secured = Secured(

@@ -151,6 +151,8 @@ class Outgoing(Settling):
         await self._tuning.run(lambda: Deferred.fromCoroutine(self._switch(guest)))
 
     async def _switch(self, guest: Guest) -> None:
+        assert self._path is not None
+        await self._path.complete(self._while_under_way)
         hold = Hold(guest) if guest.postcopy_without_pages else None
         try:
             if hold is not None:
@@ -186,6 +188,8 @@ class Outgoing(Settling):
     async def _end_switch(self) -> None:
         """Have a switch that is not through yet let go of the guest, and wait for that."""
         self._over = True
+        if self._path is not None:
+            self._path.abandon()
         if self._release_taken is not None:
             taken, self._release_taken = self._release_taken, None
             taken.errback(MigrationError("the migration was over before the switch to postcopy"))

@@ -12,7 +12,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
-__all__ = ["Proxy", "Recorder", "Tamperer"]
+__all__ = ["Deaf", "Proxy", "Recorder", "Tamperer"]
 
 
 class Proxy:
@@ -147,6 +147,22 @@ class Recorder(Proxy):
     def connections(self) -> list[tuple[bytes, bytes]]:
         """What went to the destination and what came back, for each connection in order."""
         return [(bytes(one.there), bytes(one.back)) for one in self._recorded.values()]
+
+
+class Deaf(Proxy):
+    """Takes some connections, and then says nothing on any other."""
+
+    def __init__(self, uri: str, connections: int) -> None:
+        """:param uri: of a daemon on 127.0.0.1."""
+        self._served = connections
+        super().__init__(int(uri.rpartition(":")[2]))
+
+    def _serve(self, source: socket.socket) -> None:
+        if self._served:
+            self._served -= 1
+            super()._serve(source)
+        else:
+            self._pairs.append((True, source, source))
 
 
 class Tamperer(Proxy):
