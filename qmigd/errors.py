@@ -25,6 +25,7 @@ __all__ = [
     "GuestNotFound",
     "LocalError",
     "MigrationError",
+    "NoChannel",
     "PeerGone",
     "PreflightError",
     "ProtocolError",
@@ -82,6 +83,12 @@ class DeadlineError(LocalError):
     """Something that was waited for did not come in time."""
 
     code = "deadline"
+
+
+class NoChannel(LocalError):
+    """The management app did not hand over a connection that it was asked for."""
+
+    code = "no-channel"
 
 
 class ConfigError(LocalError):

@@ -91,7 +91,7 @@ PATHS = (HANDOVER, DIRECT, RELAY)
 
 #: How daemons can be connected to each other, by the schemes of QEMU's URIs.
 TCP = "tcp"
-TRANSPORTS = (TCP, "unix", "vsock", "exec")
+TRANSPORTS = (TCP, "unix", "vsock", "exec", "fd")
 
 #: Where an obstacle is, as users are told.  The first four are on one side: the machine
 #: and what is plugged in, its kernel, the guest's QEMU with its process, the guest itself.

@@ -13,6 +13,7 @@ from qmigd.transports.uri import (
     DEFAULT_PORT,
     Door,
     ExecAddress,
+    FdAddress,
     InBandAddress,
     TcpAddress,
     UnixAddress,
@@ -25,7 +26,7 @@ from qmigd.transports.uri import (
 def door(text: str) -> Door:
     """Read a URI that can be listened on."""
     address = parse_uri(text)
-    assert not isinstance(address, ExecAddress | InBandAddress)
+    assert not isinstance(address, ExecAddress | FdAddress | InBandAddress)
     return address
 
 
@@ -51,6 +52,7 @@ class ParsingTests(SynchronousTestCase):
             "vsock::7000": VsockAddress(None, 7000),
             "vsock:4294967294:4294967294": VsockAddress(0xFFFFFFFE, 0xFFFFFFFE),
             "exec:nc hostb 7": ExecAddress(("/bin/sh", "-c", "nc hostb 7")),
+            "fd:": FdAddress(),
         }.items():
             self.assertEqual(parse_uri(text), address)
 
@@ -76,7 +78,7 @@ class ParsingTests(SynchronousTestCase):
             "unix:": "names no socket",
             "unix:a\0b": "zero byte",
             "unix:" + "x" * 108: "at most 107 bytes",
-            "fd:7": "cannot be reached over fd:",
+            "fd:7": "write fd: alone",
             "in-band:": "is not a URI",
             "in-band:in-band:tcp:hostb": "stands there once",
             "exec:": "needs a command",

@@ -7,9 +7,10 @@ from types import MappingProxyType
 
 from ..errors import CommandNotFound
 from .check import nearest
-from .declare import BOOL, DICT, INT, STR, Command, Event, ListOf, Member
+from .declare import BOOL, DICT, INT, NUMBER, STR, Command, Event, ListOf, Member
 from .shapes import (
     AFTER,
+    CHANNEL,
     COMMAND_INFO,
     ERROR,
     FEATURES,
@@ -38,13 +39,18 @@ _TUNABLES = (
     'QEMU declares for that name, so `"4"` does where `4` would.'
 )
 
+_NO_CHANNEL = (
+    "argument",
+    "There is no descriptor of that name, or it is no stream socket that is connected and open "
+    "in both directions. It was closed.",
+)
 _FDNAME = Member("fdname", STR, "the name that `getfd` has given the descriptor.")
 
 _TLS_HOSTNAME = Member(
     "tls-hostname",
     STR,
     "the name or address that the peer's certificate has to be for, if it is not the one in "
-    "`uri`: behind a forwarded port, or on a unix socket.",
+    "`uri`: behind a forwarded port, on a unix socket, or with `fd:`.",
     optional=True,
 )
 
@@ -155,6 +161,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "Move a guest to the host where another qmigd listens.\n\n"
                 "Features need not be chosen: the two daemons use what both hosts, both QEMUs "
                 "and the guest can do.\n\n"
+                "With `fd:` as `uri` qmigd makes no connection by itself: it asks for each with "
+                "the event `CHANNEL_REQUEST`, and `add-channel` hands it over.\n\n"
                 "Once accepted, the migration runs on its own: `query-migrate` and the "
                 "`MIGRATION` event show how it goes on. Whatever fails before the guest has "
                 "passed to the destination, it goes on running here.\n\n"
@@ -308,7 +316,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "The guest stops here and goes on at the destination at once, which fetches the "
                 "rest of the RAM as the guest needs it. It always comes to an end, however fast "
                 "the guest writes to its RAM; but from then on the guest belongs to the "
-                "destination. It is possible when `query-migrate` says `postcopy`.",
+                "destination. It is possible when `query-migrate` says `postcopy`. With `fd:` it "
+                "returns at once: a channel may have to be handed over first.",
                 (_NAMED,),
                 errors=(
                     _NO_GUEST,
@@ -360,6 +369,43 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 errors=(("argument", "There is no descriptor of that name."),),
                 descriptors=True,
             ),
+            Command(
+                "add-channel",
+                "Hand over a connection that a migration has asked for.\n\n"
+                "It answers a `CHANNEL_REQUEST`, on either side. At the source a channel of the "
+                "`CHANNEL_PLAN` can be handed over before it is asked for; what the migration "
+                "has not used when it is over is closed. The descriptor is qmigd's from here on, "
+                "whatever comes of it; the client closes its own copy.",
+                (
+                    Member("id", STR, "the migration."),
+                    Member("channel", STR, "the channel's name: `control`, `main` and so on."),
+                    _FDNAME,
+                    Member("index", INT, "which one of that name; 0 if left out.", optional=True),
+                ),
+                errors=(
+                    _NO_CHANNEL,
+                    ("migration", "The migration does not want this channel. It was closed."),
+                ),
+                descriptors=True,
+            ),
+            Command(
+                "incoming",
+                "Take in a connection that the other side's qmigd is at the far end of.\n\n"
+                "It is treated like one that was accepted on a port: what the peer says on it "
+                "first makes it the control connection of a migration or one of its payload "
+                "channels. It can be given any number of times. TLS has to be used on it where "
+                "the policy requires that, and where the socket leads to another host, as far as "
+                "the kernel can tell, unless `insecure` in `[daemon]` does without.",
+                (
+                    Member(
+                        "uri",
+                        STR,
+                        "`fd:FDNAME`, with the name that `getfd` has given the descriptor.",
+                    ),
+                ),
+                errors=(_NO_CHANNEL,),
+                descriptors=True,
+            ),
         )
     }
 )
@@ -387,6 +433,41 @@ EVENTS: Mapping[str, Event] = MappingProxyType(
                     Member("id", STR, "The migration."),
                     Member("guest", STR, "The guest, by its name on this side."),
                     Member("pass", INT, "Which pass, from 1."),
+                ),
+            ),
+            Event(
+                "CHANNEL_PLAN",
+                "A migration over `fd:` has been negotiated, and is going to want these payload "
+                "channels.\n\n"
+                "It comes before the first of them is asked for. None is listed where the stream "
+                "takes the control connection.",
+                (
+                    Member("id", STR, "The migration."),
+                    Member("guest", STR, "The guest, by its name on this side."),
+                    Member("role", ROLE, "Which side this daemon is."),
+                    Member("channels", ListOf(CHANNEL), "In the order in which QEMU opens them."),
+                ),
+            ),
+            Event(
+                "CHANNEL_REQUEST",
+                "A migration over `fd:` wants a connection to the peer.\n\n"
+                "It is answered with `getfd` and `add-channel`. The first one that a source asks "
+                "for is `control`; it is asked for again if it was lost just when the guest was "
+                "handed over, to find out what became of it.",
+                (
+                    Member("id", STR, "The migration."),
+                    Member("guest", STR, "The guest, by its name on this side."),
+                    Member("role", ROLE, "Which side this daemon is."),
+                    Member("channel", STR, "The channel's name: `control`, `main` and so on."),
+                    Member("index", INT, "Which one of that name, from 0."),
+                    Member(
+                        "timeout",
+                        NUMBER,
+                        "Seconds that the source waits; then the migration fails, and the guest "
+                        "goes on here. Absent at the destination, which waits for as long as the "
+                        "migration lasts.",
+                        optional=True,
+                    ),
                 ),
             ),
         )

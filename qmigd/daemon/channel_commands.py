@@ -1,11 +1,15 @@
-"""The management commands about descriptors that a client hands over."""
+"""The management commands about descriptors: connections that the management app has made."""
 
 from __future__ import annotations
 
 import os
+import socket
 
+from ..errors import ArgumentError, QmigdError
+from ..migration.listening import IncomingFactory
 from ..migration.services import Services
 from ..qmp.descriptors import Descriptors
+from ..transports.descriptors import adopt, checked, is_local
 
 __all__ = ["ChannelCommands"]
 
@@ -21,3 +25,43 @@ class ChannelCommands:
 
     async def closefd(self, fdname: str, *, descriptors: Descriptors) -> None:
         os.close(descriptors.take(fdname))
+
+    async def add_channel(
+        self, id: str, channel: str, fdname: str, index: int = 0, *, descriptors: Descriptors
+    ) -> None:
+        sock = _socket(descriptors, fdname)
+        try:
+            taken = self._services.requests.answer(id, channel, index, sock)
+        except QmigdError:
+            sock.close()
+            raise
+        if not taken:
+            self._take_in(sock)
+
+    async def incoming(self, uri: str, *, descriptors: Descriptors) -> None:
+        scheme, _, fdname = uri.partition(":")
+        if scheme != "fd" or not fdname:
+            raise ArgumentError(
+                f'"{uri}" cannot be taken in: write fd:FDNAME, with a name that getfd has given. '
+                f"What comes over tcp: and unix: is in 'listen' in the configuration."
+            )
+        self._take_in(_socket(descriptors, fdname))
+
+    def _take_in(self, sock: socket.socket) -> None:
+        """Serve a connection as if it had been accepted on a port."""
+        services = self._services
+        required = not (services.security.insecure or is_local(sock))
+        adopt(services.reactor, sock, IncomingFactory(services, tls_required=required))
+
+
+def _socket(descriptors: Descriptors, fdname: str) -> socket.socket:
+    """Take what the client has given that name; what is no good for a channel is closed.
+
+    :raises ArgumentError: there is no such descriptor, or it is no good.
+    """
+    descriptor = descriptors.take(fdname)
+    try:
+        return checked(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise

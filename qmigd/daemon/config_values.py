@@ -20,6 +20,7 @@ from ..transports.uri import (
     DEFAULT_PORT,
     Door,
     ExecAddress,
+    FdAddress,
     InBandAddress,
     UnixAddress,
     bare,
@@ -129,11 +130,8 @@ def names(value: Any) -> tuple[str, ...]:
 
 
 def listen(value: Any) -> tuple[Door | InBandAddress[Door], ...]:
-    """A list of addresses to listen on."""
-    uris = texts(value)
-    if not uris:
-        raise BadValue(f'must name at least one URI, such as "{LISTEN}"')
-    addresses = tuple(address(uri) for uri in uris)
+    """A list of addresses to listen on; it may be empty."""
+    addresses = tuple(address(uri) for uri in texts(value))
     places = [bare(one) for one in addresses]
     for one in places:
         if places.count(one) > 1:
@@ -162,6 +160,11 @@ def address(value: Any) -> Door | InBandAddress[Door]:
         raise BadValue(
             f'cannot be "{address}": a program is what a source connects through, and nobody can '
             f"listen on it; at its far end there is 'qmigctl connect', or a port"
+        )
+    if isinstance(place, FdAddress):
+        raise BadValue(
+            'cannot be "fd:", on which nothing can be listened: a management app hands connections '
+            "in with the command 'incoming', whatever 'listen' says"
         )
     return InBandAddress(place) if isinstance(address, InBandAddress) else place
 

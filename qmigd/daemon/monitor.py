@@ -83,6 +83,12 @@ class Operations(Protocol):
 
     async def closefd(self, fdname: str, *, descriptors: Descriptors) -> None: ...
 
+    async def add_channel(
+        self, id: str, channel: str, fdname: str, index: int = 0, *, descriptors: Descriptors
+    ) -> None: ...
+
+    async def incoming(self, uri: str, *, descriptors: Descriptors) -> None: ...
+
 
 class Monitor:
     """The management socket of one daemon."""

@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +40,7 @@ from ..migration.status import Records
 from ..migration.verdicts import Verdicts
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
+from ..transports.descriptors import ChannelRequests
 from ..transports.mptcp import is_available
 from ..transports.ports import PortRange
 from ..transports.uri import Door, InBandAddress, bare
@@ -142,6 +144,7 @@ class QmigdService(Service):
             journal=journal,
             attachments=Attachments(),
             verdicts=Verdicts(),
+            requests=ChannelRequests(reactor, self._event),
             conflicts=_conflicts,
             ports=PortRange(daemon.direct_ports) if daemon.direct_ports else None,
             run_dir=run_dir,
@@ -245,7 +248,7 @@ class QmigdService(Service):
         atexit.register(os._exit, 1)
         self._reactor.stop()
 
-    def _event(self, name: str, data: dict[str, Any]) -> None:
+    def _event(self, name: str, data: Mapping[str, Any]) -> None:
         self._monitor.event(name, data)
 
     def stopService(self) -> Deferred[Any]:
@@ -320,9 +323,10 @@ def _policy(config: Config) -> Policy:
 
 
 def _security(config: Config, credentials: CredentialStore | None) -> Security:
+    insecure = config.daemon.insecure
     if config.tls is None or credentials is None:
-        return Security()
-    return Security(credentials, config.tls.allow)
+        return Security(insecure=insecure)
+    return Security(credentials, config.tls.allow, insecure)
 
 
 def _deferred(result: Any) -> Deferred[Any]:

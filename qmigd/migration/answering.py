@@ -19,8 +19,10 @@ from ..errors import DeadlineError, FeatureError, GuestError, GuestGone, Protoco
 from ..handshake.events import FeatureSaid, GuestDescribed, PrepareAsked, Selected, Started
 from ..interfaces import (
     DIRECT,
+    PATH,
     PATHS,
     QEMU,
+    TCP,
     GuestFacts,
     No,
     PeerIdentity,
@@ -31,6 +33,7 @@ from ..negotiation.agree import build_plan
 from ..negotiation.obstacles import Obstacle
 from ..negotiation.plan import Plan
 from ..negotiation.terms import Terms, Traits, expect
+from ..transports.descriptors import DescriptorAddress
 from ..transports.sockets import caller
 from ..transports.uri import TcpAddress, network_of
 from ..wire.greeting import TLS
@@ -60,7 +63,9 @@ class Answering(Move):
     """
 
     def __init__(self, services: Services, control: Control, selected: Selected) -> None:
-        where = caller(control.transport)
+        peer = control.transport.getPeer()
+        self._handed_over = isinstance(peer, DescriptorAddress)
+        where = str(peer) if self._handed_over else caller(control.transport)
         super().__init__(
             services, services.records.new(str(uuid.uuid4()), "", "destination", where)
         )
@@ -213,6 +218,10 @@ class Answering(Move):
             try:
                 if isinstance(answer, No):
                     raise Withdraw(answer.reason, answer.where)
+                if feature.transports <= {TCP} and not isinstance(self.at, TcpAddress):
+                    # What the source connects with is another matter: a descriptor that was
+                    # handed in here may be the end of anything.
+                    raise Withdraw("it goes over TCP only, and this connection is none", PATH)
                 agreements[name] = feature.answer(facts, host, proposal)
             except Withdraw as withdrawal:
                 self.left_out[name] = Obstacle.of(withdrawal, QEMU, "destination")
@@ -269,7 +278,9 @@ class Answering(Move):
         }
         if self.services.ports is None:
             closed.setdefault(DIRECT, "the destination offers no direct-ports")
-        if self.at is None:
+        if self._handed_over:
+            closed.setdefault(DIRECT, "its connections are handed over as descriptors")
+        elif self.at is None:
             closed.setdefault(DIRECT, "the two daemons speak over a unix socket, not a network")
         return closed
 

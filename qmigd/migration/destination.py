@@ -26,6 +26,7 @@ from ..handshake.events import (
     Selected,
 )
 from ..interfaces import Guest, Settings
+from ..transports.descriptors import DescriptorAddress
 from ..waiting import together
 from .answering import Answering
 from .control import Control
@@ -97,6 +98,10 @@ class Incoming(Answering):
                 Deferred.fromCoroutine(self._path.open(self.at)),
             ]
         )
+        if isinstance(control.transport.getPeer(), DescriptorAddress):
+            self.services.requests.plan(
+                self.record.id, self.record.guest, "destination", plan.channels
+            )
         control.machine.status({"ready": True, **ready})
         control.flush()
         await self._watch()
@@ -226,6 +231,7 @@ class Incoming(Answering):
             self._path.close()
         await self.put_back()
         self.let_go()
+        self.services.requests.forget(self.record.id)
         self.services.journal.forget(self.record.id, "destination")
         if error is None:
             self.record.end("completed", "arrived")

@@ -56,7 +56,7 @@ from ..interfaces import COPY, DIRECT, HANDOVER, MOVERS, RELAY, Guest, ICodec, R
 from ..negotiation.allow import PeerNames
 from ..negotiation.plan import MAIN, Plan
 from ..transports.mptcp import carries_mptcp
-from ..transports.uri import Network, Reachable, TcpAddress
+from ..transports.uri import FdAddress, Network, Reachable, TcpAddress
 from ..wire.greeting import TLS
 from ..wire.role import RoleHeader
 from .services import Services
@@ -286,11 +286,15 @@ class SourcePath(_Path):
             ChannelHandshake(role, self._secret, tls=tls),
             self._tls_side(payload=True) if tls else None,
         )
+        peer, deadline = self._peer, self._services.deadlines.handshake
+        if isinstance(peer, FdAddress):
+            # How long the app takes is no part of how long the peer may take.
+            peer, deadline = peer.to(name, index), deadline + peer.timeout
         line = await open_channel(
             self._services.reactor,
-            self._peer.client(self._services.reactor),
+            peer.client(self._services.reactor),
             InBand(secured, server=False) if self._in_band else secured,
-            self._services.deadlines.handshake,
+            deadline,
         )
         peer = self._peer
         if isinstance(peer, TcpAddress) and peer.mptcp and not carries_mptcp(line.sock):

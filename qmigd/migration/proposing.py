@@ -80,6 +80,8 @@ _NO_NETWORK = {
     "unix": "the two daemons speak over a unix socket, whose other end may be forwarded, and not "
     "over a network in which the QEMUs have addresses",
     "exec": "a program carries the connections, and only it knows where the destination is",
+    "fd": "all connections are handed over as descriptors, and direct would be QEMUs that make "
+    "their own",
 }
 
 #: Until the destination says more.
@@ -125,7 +127,9 @@ class Proposing(Move):
         super().__init__(services, record)
         self.in_band = isinstance(uri, InBandAddress)
         place = bare(uri)
-        self.uri, self.programs = reach(services.reactor, place, record.name)
+        self.uri, self.programs = reach(
+            services.reactor, services.bound(place, record.id, record.guest), record.name
+        )
         self.reached: Reachable = self.uri
         self.transport = str(place).partition(":")[0]
         self.policy = policy

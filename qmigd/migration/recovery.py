@@ -93,7 +93,7 @@ async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
     except (QmigdError, KeyError, ValueError) as error:
         log.warn("migration {id} cannot be asked about: {error}", id=move.record.id, error=error)
         return False
-    peer = bare(uri)
+    peer = services.bound(bare(uri), move.record.id, entry["guest"])
     hostname = entry.get("tls-hostname")
     tls = services.security.calling(hostname) if hostname else None
     reached, programs = reach(services.reactor, peer, move.record.name)

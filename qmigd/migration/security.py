@@ -26,10 +26,12 @@ class Security:
 
     :ivar store: this host's certificates; ``None``: there is no TLS here.
     :ivar allow: who may send guests here, and which.
+    :ivar insecure: other hosts may send them without TLS.
     """
 
     store: CredentialStore | None = None
     allow: Allow = field(default_factory=Allow)
+    insecure: bool = False
 
     def calling(self, host: str, *, keep_keys: bool = False) -> TlsSide | None:
         """What the source does on a connection that it makes.

@@ -11,7 +11,9 @@ from ..channels.attach import Attachments
 from ..interfaces import Guest, GuestFacts, Host, IFeature
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
+from ..transports.descriptors import ChannelRequests
 from ..transports.ports import PortRange
+from ..transports.uri import FdAddress, Place
 from .security import Security
 from .status import Records
 from .verdicts import Verdicts
@@ -108,6 +110,7 @@ class Services:
     """Everything around one migration that is not the migration itself.
 
     :ivar conflicts: what the QEMUs of two guests, source and destination, cannot combine.
+    :ivar requests: asks the management app for connections, where it makes them.
     :ivar ports: what the destination offers for ``direct``; ``None``: nothing.
     :ivar run_dir: where the relay's unix sockets live; only this user can look inside.
     """
@@ -121,6 +124,7 @@ class Services:
     journal: Journal
     attachments: Attachments
     verdicts: Verdicts
+    requests: ChannelRequests
     conflicts: Callable[[GuestFacts, GuestFacts], list[Conflict]]
     ports: PortRange | None
     run_dir: Path
@@ -132,3 +136,9 @@ class Services:
     def host(self) -> Host:
         """What is known of this host at present."""
         return self.facts.host
+
+    def bound(self, peer: Place, migration: str, guest: str) -> Place:
+        """Return what a migration connects to where the peer is to be reached at ``peer``."""
+        if isinstance(peer, FdAddress):
+            return peer.bind(self.requests, migration, guest, self.deadlines.handshake)
+        return peer

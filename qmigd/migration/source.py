@@ -22,6 +22,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from ..errors import (
     DeadlineError,
@@ -46,7 +47,7 @@ from ..interfaces import (
 )
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
-from ..transports.uri import Address, Reachable, TcpAddress, network_of
+from ..transports.uri import Address, FdAddress, Reachable, TcpAddress, network_of
 from .move import OVER
 from .ownership import SAID, Peer, Released
 from .paths import SourcePath
@@ -97,6 +98,7 @@ class Outgoing(Settling):
             error = MigrationError("qmigd itself failed; its log says where", code="internal")
         await self._end_switch()
         await self._settle(error)
+        self.services.requests.forget(self.record.id)
 
     async def probe(self, guest: Guest) -> Plan:
         """Negotiate as for a migration, and leave it at that.
@@ -129,6 +131,7 @@ class Outgoing(Settling):
                 "it is too late to cancel: the guest belongs to the destination already"
             )
         self.cancelled = reason
+        self.services.requests.withdraw(self.record.id, Cancelled(reason))
         self.wake()
         if self._started:
             return
@@ -148,7 +151,21 @@ class Outgoing(Settling):
         self.record.can_postcopy = False
         self.record.update(step="switching over to postcopy")
         guest = self.guest
-        await self._tuning.run(lambda: Deferred.fromCoroutine(self._switch(guest)))
+        switching = self._tuning.run(lambda: Deferred.fromCoroutine(self._switch(guest)))
+        if isinstance(self.uri, FdAddress):
+            # Whoever waits for this may be the one who has to hand a channel over meanwhile.
+            switching.addErrback(self._not_switched)
+        else:
+            await switching
+
+    def _not_switched(self, failure: Failure) -> None:
+        if not failure.check(QmigdError):
+            log.failure("switch of migration {id}", failure, id=self.record.id)
+        log.warn(
+            "migration {id} was not switched to postcopy: {error}",
+            id=self.record.id,
+            error=failure.getErrorMessage(),
+        )
 
     async def _switch(self, guest: Guest) -> None:
         assert self._path is not None
@@ -225,6 +242,8 @@ class Outgoing(Settling):
         negotiated = set().union(*(services.features[name].tunables for name in plan.features))
         own = {key: value for key, value in self.tunables.items() if key not in negotiated}
         self._raise_if_over()
+        if isinstance(self.uri, FdAddress):
+            self.uri.plan(() if self.baseline else plan.channels)
         peer = PeerIdentity(self.hostname, control.peer_subject) if self.in_tls else None
         await self.set_up_plan(
             plan, facts, "source", lambda: self._note("started"), own, peer, alone=self.plain

@@ -41,7 +41,7 @@ from zope.interface import implementer
 
 from qmigd.errors import DeadlineError, MigrationError, PeerGone, QmigdError
 
-from .uri import Door, ExecAddress, Reachable
+from .uri import ExecAddress, Place, Reachable
 
 __all__ = ["Programs", "reach"]
 
@@ -68,9 +68,7 @@ _LINES = 3
 _PIPE = 65536
 
 
-def reach(
-    reactor: Any, address: Door | ExecAddress, owner: str
-) -> tuple[Reachable, Programs | None]:
+def reach(reactor: Any, address: Place, owner: str) -> tuple[Reachable, Programs | None]:
     """Return what connects to an address, and the programs that it takes for that.
 
     :param owner: which migration it is for, in the log.

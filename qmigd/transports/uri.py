@@ -1,4 +1,4 @@
-"""Addresses in QEMU's URI syntax: ``tcp:HOST:PORT``, ``unix:PATH``, ``vsock:CID:PORT``, ``exec:``.
+"""Addresses in QEMU's URI syntax: ``tcp:``, ``unix:``, ``vsock:``, ``exec:`` and ``fd:``.
 
 The text is what a person writes, in the configuration or for ``migrate``; what comes
 out is frozen, compares by value and gives the same text again with ``str()``.
@@ -27,6 +27,7 @@ from twisted.internet.endpoints import (
 from twisted.internet.interfaces import IStreamClientEndpoint, IStreamServerEndpoint
 
 from qmigd.errors import ArgumentError
+from qmigd.transports.descriptors import FdAddress
 
 from .doors import UnixServerEndpoint
 from .mptcp import multipath
@@ -38,8 +39,10 @@ __all__ = [
     "Address",
     "Door",
     "ExecAddress",
+    "FdAddress",
     "InBandAddress",
     "Network",
+    "Place",
     "Reachable",
     "TcpAddress",
     "UnixAddress",
@@ -56,7 +59,7 @@ DEFAULT_PORT: Final = 16516
 MAX_UNIX_PATH: Final = 107
 
 #: What QEMU migrates over besides, and a qmigd is not reached by.
-_NOT_SERVED = ("fd", "file", "rdma")
+_NOT_SERVED = ("file", "rdma")
 
 #: QEMU's option of a TCP address.
 _MPTCP = ",mptcp=on"
@@ -68,7 +71,7 @@ _ATTEMPT_DELAY = 0.25
 #: What QEMU has ``exec:COMMAND`` run by.
 _SHELL = ("/bin/sh", "-c")
 
-_FORMS = "tcp:HOST:PORT, unix:PATH, vsock:CID:PORT or exec:COMMAND"
+_FORMS = "tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, exec:COMMAND or fd:"
 
 
 class Reachable(Protocol):
@@ -210,7 +213,7 @@ class ExecAddress:
 #: Where a daemon can listen.
 Door = TcpAddress | UnixAddress | VsockAddress
 
-A = TypeVar("A", bound=Door | ExecAddress, covariant=True)
+A = TypeVar("A", bound=Door | ExecAddress | FdAddress, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,10 @@ class InBandAddress(Generic[A]):
         return f"{_IN_BAND}{self.inner}"
 
 
-Address = Door | ExecAddress | InBandAddress[Door | ExecAddress]
+#: Where a migration can go.
+Place = Door | ExecAddress | FdAddress
+
+Address = Place | InBandAddress[Place]
 
 _IN_BAND = "in-band:"
 
@@ -276,10 +282,17 @@ def parse_uri(text: str, argv: Sequence[str] = ()) -> Address:
         return _parse_vsock(text, rest)
     if scheme == "exec":
         return _parse_exec(rest, argv)
+    if scheme == "fd":
+        if rest:
+            raise ArgumentError(
+                f'"{text}" names a descriptor: write fd: alone, and hand over a connection for '
+                f"each CHANNEL_REQUEST with add-channel."
+            )
+        return FdAddress()
     if scheme in _NOT_SERVED:
         raise ArgumentError(
-            f'"{text}": a qmigd cannot be reached over {scheme}:, only over tcp:, unix:, vsock: '
-            f"and exec:."
+            f'"{text}": a qmigd cannot be reached over {scheme}:, only over tcp:, unix:, vsock:, '
+            f"exec: and fd:."
         )
     raise ArgumentError(f'"{text}" has the unknown scheme "{scheme}": write {_FORMS}.')
 

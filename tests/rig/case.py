@@ -10,7 +10,7 @@ from twisted.trial.unittest import TestCase
 
 from tests.rig.daemons import Daemon
 from tests.rig.guest import Guest
-from tests.rig.netns import Link, require
+from tests.rig.netns import Isolated, Link, require
 from tests.rig.qemus import Qemu
 
 __all__ = ["RigCase"]
@@ -44,6 +44,13 @@ class RigCase(TestCase):
         link = Link()
         self.addCleanup(link.close)
         return link
+
+    def isolated(self) -> Isolated:
+        """Make two namespaces without any network, or skip the test with the reason."""
+        require()
+        isolated = Isolated()
+        self.addCleanup(isolated.close)
+        return isolated
 
     def _keep(self, one: Guest | Daemon) -> None:
         def end() -> None:

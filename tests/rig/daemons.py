@@ -79,7 +79,7 @@ class Daemon:
     its own, ``zero-copy`` switched off.
 
     :ivar config: the whole configuration; a change holds from the next start on.
-    :ivar uri: what it listens on, for a peer.
+    :ivar uri: what it listens on, for a peer; ``fd:`` if it listens on nothing.
     :ivar monitor_path: the unix socket of its monitor.
     :ivar directory: its own, removed by :meth:`close`.
     """
@@ -102,7 +102,8 @@ class Daemon:
         :param guests: the tables ``[guest.NAME]``.
         :param policy: the table ``[policy]``.
         :param tls: the table ``[tls]`` (see :meth:`tests.rig.certificates.Files.table`).
-        :param namespace: where its network is, if not here; it listens on the address there.
+        :param namespace: where its network is, if not here; it listens on the address there,
+            if that has one.
         :param prefix: what its command line begins with, to run it somewhere special.
         :param python: the interpreter of the environment that has qmigd.
         :param in_band: it listens for the handshake's in-band form.
@@ -113,7 +114,8 @@ class Daemon:
         self.monitor_path = os.path.join(self.directory, "monitor")
         table = {key.replace("_", "-"): value for key, value in daemon.items()}
         if namespace is not None:
-            table.setdefault("listen", [f"tcp:{namespace.address}:{_PORT}"])
+            listen = [f"tcp:{namespace.address}:{_PORT}"] if namespace.address else []
+            table.setdefault("listen", listen)
             table.setdefault("direct-ports", "49152-49215")
             table.setdefault("insecure", True)
         else:
@@ -132,7 +134,7 @@ class Daemon:
             self.config["policy"] = dict(policy)
         if guests:
             self.config["guest"] = {name: dict(guest) for name, guest in guests.items()}
-        self.uri = table["listen"][0]
+        self.uri = (*table["listen"], "fd:")[0]
         around = namespace.prefix if namespace else ()
         self._argv = [*around, *prefix, os.path.join(os.path.dirname(python), "twistd")]
         self._process: Process | None = None

@@ -15,7 +15,7 @@ from unittest import SkipTest
 
 from tests.rig.keeper import keep_command
 
-__all__ = ["Link", "Namespace", "require"]
+__all__ = ["Isolated", "Link", "Namespace", "require"]
 
 _numbers = itertools.count()
 
@@ -24,7 +24,7 @@ _numbers = itertools.count()
 class Namespace:
     """One end of the link.
 
-    :ivar address: its IPv4 address there.
+    :ivar address: its IPv4 address there; empty: it has none.
     """
 
     name: str
@@ -121,6 +121,40 @@ class Link:
             subprocess.run(["ip", "netns", "delete", end.name], check=False, capture_output=True)
 
     def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Isolated:
+    """Two namespaces from which nothing can be reached; a context manager that removes them.
+
+    There is no interface in either but the kernel's own loopback, which is down.
+    """
+
+    def __init__(self) -> None:
+        """Make the namespaces.
+
+        :raises RuntimeError: the host does not allow it; the text has ip's words.
+        """
+        stem = f"qmigd-{os.getpid()}-{next(_numbers)}"
+        self.left = Namespace(f"{stem}-left", "", "")
+        self.right = Namespace(f"{stem}-right", "", "")
+        try:
+            for end in (self.left, self.right):
+                _ip("netns", "add", end.name)
+                keep_command(["ip", "netns", "delete", end.name])
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Remove the namespaces; harmless when that has happened."""
+        for end in (self.left, self.right):
+            subprocess.run(["ip", "netns", "delete", end.name], check=False, capture_output=True)
+
+    def __enter__(self) -> Isolated:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -19,7 +19,7 @@ from tests.rig.bootsector import PAGE, Inconsistent, check
 from tests.rig.case import RigCase
 from tests.rig.daemons import Daemon
 from tests.rig.guest import Guest
-from tests.rig.netns import Link
+from tests.rig.netns import Isolated, Link
 from tests.rig.news import ask_until, wait_until
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.qemus import require
@@ -342,7 +342,7 @@ class PairCase(RigCase):
         source: str,
         destination: str | None = None,
         *,
-        link: Link | None = None,
+        link: Link | Isolated | None = None,
         **options: Any,
     ) -> tuple[Guest, Guest]:
         """Prepare the QEMU that has the guest and the one that waits for it."""
@@ -377,7 +377,7 @@ class PairCase(RigCase):
         destination: str | None = None,
         *,
         launch: bool = False,
-        link: Link | None = None,
+        link: Link | Isolated | None = None,
         here: Mapping[str, Any] | None = None,
         there: Mapping[str, Any] | None = None,
         policy: Mapping[str, Any] | None = None,

@@ -1,0 +1,393 @@
+"""``fd:``: connections that a management app has made and hands over as descriptors.
+
+::
+
+    qmigd                                        management app
+    CHANNEL_REQUEST main 0, within 10 s  ------>
+                                         <------ getfd (SCM_RIGHTS), add-channel main 0
+    the connection is there
+
+Whatever wants a connection of a migration asks :class:`FdAddress` for it as it would ask
+any other address, and :class:`ChannelRequests` asks the app.  What comes has to be a stream
+socket, connected and open in both directions; of which family is the app's affair.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import select
+import socket
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from twisted.internet import tcp
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import (
+    IAddress,
+    IDelayedCall,
+    IProtocol,
+    IProtocolFactory,
+    IReactorTime,
+    IStreamClientEndpoint,
+    IStreamServerEndpoint,
+)
+from zope.interface import implementer
+
+from qmigd.errors import ArgumentError, MigrationError, NoChannel, QmigdError
+
+__all__ = [
+    "CONTROL",
+    "ChannelRequests",
+    "DescriptorAddress",
+    "FdAddress",
+    "adopt",
+    "checked",
+    "is_local",
+]
+
+#: What the control connection is called in a request; no payload channel is called so.
+CONTROL: Final = "control"
+
+#: CID of this very machine (VMADDR_CID_LOCAL of linux/vm_sockets.h).
+_VSOCK_LOCAL: Final = 1
+
+#: Told of an event: its name and its data.
+Notify = Callable[[str, Mapping[str, Any]], None]
+
+
+# What comes.
+
+
+def checked(descriptor: int) -> socket.socket:
+    """Return the socket that a descriptor is, if a channel can go over it.
+
+    :raises ArgumentError: it cannot; the text says what it is.  The descriptor stays open.
+    """
+    if wrong := _wrong(descriptor):
+        raise ArgumentError(
+            f"A channel needs a stream socket that is connected and open in both directions, "
+            f"and this is {wrong}."
+        )
+    return socket.socket(fileno=descriptor)
+
+
+def _wrong(descriptor: int) -> str | None:
+    """Say what keeps a descriptor from being a channel; ``None``: nothing."""
+    if kind := _other_than_socket(descriptor):
+        return kind
+    sock = socket.socket(fileno=descriptor)
+    try:
+        return _wrong_socket(sock)
+    except OSError as error:
+        return f"a socket that cannot be used ({os.strerror(error.errno or 0)})"
+    finally:
+        sock.detach()
+
+
+def _other_than_socket(descriptor: int) -> str | None:
+    kinds = (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    )
+    mode = os.fstat(descriptor).st_mode
+    for fits, kind in kinds:
+        if fits(mode):
+            return kind
+    try:
+        # A descriptor that was opened with O_PATH is none, whatever it leads to.
+        with socket.socket(fileno=os.dup(descriptor)):
+            return None
+    except OSError:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        return f"no socket ({name})"
+
+
+def _wrong_socket(sock: socket.socket) -> str | None:
+    kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    if kind != socket.SOCK_STREAM:
+        names = {int(socket.SOCK_DGRAM): "datagram", int(socket.SOCK_SEQPACKET): "packet"}
+        return f"a {names.get(kind, 'raw')} socket"
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return "a listening socket"
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return "a socket that is not connected"
+        raise
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    if any(found & (select.POLLRDHUP | select.POLLHUP) for _, found in poll.poll(0)):
+        return "a socket from which nothing can come any more: the other end has closed it"
+    try:
+        # Nothing is sent; but who may not send is told.
+        sock.send(b"", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except BrokenPipeError:
+        return "a socket on which nothing can be sent any more"
+    return None
+
+
+def is_local(sock: socket.socket) -> bool:
+    """Whether what is sent on it does not leave this host, as far as the kernel knows."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    peer = sock.getpeername()
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        address = ipaddress.ip_address(peer[0].partition("%")[0])
+        mapped = getattr(address, "ipv4_mapped", None)
+        return (mapped or address).is_loopback
+    return sock.family == socket.AF_VSOCK and peer[0] == _VSOCK_LOCAL
+
+
+@implementer(IAddress)
+@dataclass(frozen=True)
+class DescriptorAddress:
+    """Where a connection goes that was handed over: nobody here knows."""
+
+    def __str__(self) -> str:
+        return "fd:"
+
+
+class _Adopted(tcp.Connection):
+    """A connected stream socket in the reactor's hands, of any family."""
+
+    def __init__(self, sock: socket.socket, protocol: Any, reactor: Any) -> None:
+        super().__init__(sock, protocol, reactor)
+        self.connected = 1
+        self.logstr = self._getLogPrefix(protocol)
+        self.startReading()
+
+    def getHost(self) -> DescriptorAddress:
+        return DescriptorAddress()
+
+    def getPeer(self) -> DescriptorAddress:
+        return DescriptorAddress()
+
+
+def adopt(reactor: Any, sock: socket.socket, factory: IProtocolFactory) -> IProtocol:
+    """Give a connected socket to a protocol, as if it had been connected or accepted here."""
+    protocol = factory.buildProtocol(DescriptorAddress())
+    assert protocol is not None
+    protocol.makeConnection(_Adopted(sock, protocol, reactor))
+    return protocol
+
+
+# What is asked for.
+
+
+@dataclass
+class _Request:
+    """One that waits for its answer."""
+
+    answered: Deferred[socket.socket]
+    expiry: IDelayedCall
+
+
+@dataclass
+class _Planned:
+    """The payload channels that one migration is going to want.
+
+    :ivar given: the channels that the app has handed over.
+    :ivar kept: those of them that have not been asked for yet.
+    """
+
+    role: str
+    channels: frozenset[tuple[str, int]]
+    given: set[tuple[str, int]] = field(default_factory=set)
+    kept: dict[tuple[str, int], socket.socket] = field(default_factory=dict)
+
+
+class ChannelRequests:
+    """The requests of one daemon."""
+
+    def __init__(self, clock: IReactorTime, notify: Notify) -> None:
+        """:param notify: tells every management client of an event."""
+        self._clock = clock
+        self._notify = notify
+        self._requests: dict[tuple[str, str, int], _Request] = {}
+        self._planned: dict[str, _Planned] = {}
+
+    def plan(
+        self, migration: str, guest: str, role: str, channels: Iterable[tuple[str, int]]
+    ) -> None:
+        """Tell the app which payload channels a migration will want.
+
+        A source asks for each when it is to be opened.  A destination asks at once, and
+        waits for as long as the migration lasts: they come when the source opens them.
+        """
+        channels = tuple(channels)
+        self._planned[migration] = _Planned(role, frozenset(channels))
+        who = {"id": migration, "guest": guest, "role": role}
+        named = [{"name": name, "index": index} for name, index in channels]
+        self._notify("CHANNEL_PLAN", {**who, "channels": named})
+        if role == "destination":
+            for name, index in channels:
+                self._notify("CHANNEL_REQUEST", {**who, "channel": name, "index": index})
+
+    def ask(
+        self, migration: str, guest: str, name: str, index: int, seconds: float
+    ) -> Deferred[socket.socket]:
+        """Ask for one channel of a source; cancelling takes the request back.
+
+        :return: fails with :class:`~qmigd.errors.NoChannel` after ``seconds``.
+        """
+        planned = self._planned.get(migration)
+        if planned is not None and (name, index) in planned.kept:
+            return succeed(planned.kept.pop((name, index)))
+        key = migration, name, index
+        if key in self._requests:
+            return fail(NoChannel(f"Channel {name} {index} was asked for already."))
+
+        def expired() -> None:
+            self._done(key).errback(
+                NoChannel(
+                    f"nobody has answered CHANNEL_REQUEST for channel {name} {index} within "
+                    f"{seconds:g} seconds; the management app has to hand a connection over with "
+                    f"getfd and add-channel"
+                )
+            )
+
+        def taken_back(_: object) -> None:
+            self._done(key)
+
+        answered: Deferred[socket.socket] = Deferred(taken_back)
+        self._requests[key] = _Request(answered, self._clock.callLater(seconds, expired))
+        self._notify(
+            "CHANNEL_REQUEST",
+            {
+                "id": migration,
+                "guest": guest,
+                "role": "source",
+                "channel": name,
+                "index": index,
+                "timeout": seconds,
+            },
+        )
+        return answered
+
+    def _done(self, key: tuple[str, str, int]) -> Deferred[socket.socket]:
+        request = self._requests.pop(key)
+        if request.expiry.active():
+            request.expiry.cancel()
+        return request.answered
+
+    def answer(self, migration: str, name: str, index: int, sock: socket.socket) -> bool:
+        """Take what the app hands over for a channel.
+
+        :return: false: it is one of a destination's, to be taken like a connection that
+            came by itself.
+        :raises MigrationError: nobody wants it; the socket stays the caller's.
+        """
+        key, channel = (migration, name, index), (name, index)
+        planned = self._planned.get(migration)
+        if key in self._requests:
+            if planned is not None:
+                planned.given.add(channel)
+            self._done(key).callback(sock)
+            return True
+        if planned is None:
+            raise MigrationError(f"no migration {migration} wants channels from fd: here")
+        if channel not in planned.channels:
+            channels = ", ".join(f"{name} {index}" for name, index in sorted(planned.channels))
+            raise MigrationError(
+                f"migration {migration} has asked for no channel {name} {index}; it is to have "
+                f"{channels or 'none but the control connection'}"
+            )
+        if planned.role == "destination":
+            return False
+        if channel in planned.given:
+            raise MigrationError(
+                f"channel {name} {index} of migration {migration} was handed over already"
+            )
+        planned.given.add(channel)
+        planned.kept[channel] = sock
+        return True
+
+    def withdraw(self, migration: str, error: QmigdError) -> None:
+        """Whoever waits for a channel of this migration gets ``error`` instead."""
+        for key in [key for key in self._requests if key[0] == migration]:
+            self._done(key).errback(error)
+
+    def forget(self, migration: str) -> None:
+        """The migration is over: close what it has not used."""
+        planned = self._planned.pop(migration, None)
+        if planned is not None:
+            for sock in planned.kept.values():
+                sock.close()
+
+
+# What a URI is.
+
+
+@dataclass(frozen=True)
+class FdAddress:
+    """``fd:``, at first any, then (:meth:`bind`) one migration's, and one channel of it."""
+
+    migration: str = ""
+    guest: str = ""
+    channel: str = CONTROL
+    index: int = 0
+    timeout: float = 0.0
+    requests: ChannelRequests | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return "fd:"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Always false: it can lead anywhere."""
+        return False
+
+    def bind(
+        self, requests: ChannelRequests, migration: str, guest: str, timeout: float
+    ) -> FdAddress:
+        """Return the address whose connections are those of a migration.
+
+        :param timeout: seconds that the app has to answer a request.
+        """
+        return replace(self, requests=requests, migration=migration, guest=guest, timeout=timeout)
+
+    def to(self, channel: str, index: int) -> FdAddress:
+        """Return the address of one payload channel."""
+        return replace(self, channel=channel, index=index)
+
+    def plan(self, channels: Iterable[tuple[str, int]]) -> None:
+        """Tell the app which payload channels are going to be asked for."""
+        assert self.requests is not None
+        self.requests.plan(self.migration, self.guest, "source", channels)
+
+    def ask(self) -> Deferred[socket.socket]:
+        """Ask for the connection; see :meth:`ChannelRequests.ask`.
+
+        :raises ArgumentError: the address belongs to no migration.
+        """
+        if self.requests is None:
+            raise ArgumentError("fd: can be connected to as a part of a migration only.")
+        return self.requests.ask(self.migration, self.guest, self.channel, self.index, self.timeout)
+
+    def client(self, reactor: object, timeout: float = 30.0) -> IStreamClientEndpoint:
+        """What asks for a connection, and waits as long as :meth:`bind` has said."""
+        return _Endpoint(reactor, self)
+
+    def server(self, reactor: object, backlog: int = 1024) -> IStreamServerEndpoint:
+        """:raises ArgumentError: always."""
+        raise ArgumentError(
+            "fd: cannot be listened on: hand connections in with the command 'incoming'."
+        )
+
+
+@implementer(IStreamClientEndpoint)
+class _Endpoint:
+    def __init__(self, reactor: object, address: FdAddress) -> None:
+        self._reactor = reactor
+        self._address = address
+
+    def connect(self, factory: IProtocolFactory) -> Deferred[IProtocol]:
+        return self._address.ask().addCallback(lambda sock: adopt(self._reactor, sock, factory))
