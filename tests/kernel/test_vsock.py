@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import subprocess
 
+from tests.rig.certificates import Authority
 from tests.rig.lane import KernelCase
-from tests.test_moves_journeys import JourneyCase
+from tests.rig.pair import Pair, PairCase
 
 
-class VsockTests(KernelCase, JourneyCase):
-    def test_paths(self) -> None:
-        """QEMU connects to the other one by vsock itself, and takes a socket of it."""
+class VsockTests(KernelCase, PairCase):
+    def vsock_pair(self, label: str, port: int) -> Pair:
         subprocess.run(["modprobe", "vsock_loopback"], check=True)
-        self.journey(
-            {"precopy": "direct", "postcopy": "handover"},
-            *("precopy", "postcopy"),
-            by=("10.0", "10.0"),
-            daemons=(
-                self.daemon("one qmigd", listen=["vsock:1:7000"]),
-                self.daemon("other qmigd", listen=["vsock:1:7001"]),
-            ),
-        )
+        return self.pair(label, there={"listen": [f"vsock:1:{port}"]})
+
+    def test_direct(self) -> None:
+        """QEMU connects to the other one by vsock itself."""
+        pair = self.vsock_pair("10.0", 7000).start()
+        pair.move("direct")
+        pair.prove_moved()
+
+    def test_tls(self) -> None:
+        """Channels are relayed in TLS, which the kernel is not asked to do: it can for TCP only."""
+        authority = Authority(self.mktemp())
+        pair = self.vsock_pair("7.2", 7001)
+        for daemon, name in ((pair.here, "hosta.example"), (pair.there, "hostb.example")):
+            daemon.config["tls"] = authority.host(name).table()
+        plan = pair.start().move("relay", tls_hostname="hostb.example")["plan"]
+        pair.prove_moved()
+        self.assertIn("tls", plan["features"])
+        [reason] = [one["reason"] for one in plan["left-out"] if one["name"] == "ktls"]
+        self.assertIn("it goes over tcp only, and the peer is reached over vsock", reason)
