@@ -48,8 +48,8 @@ class RecordedTests(KernelCase, RecordedCase):
         self.check("7.2", "7.2", "postcopy", channels=1, path="handover")
 
 
-class MatrixTests(KernelCase, JourneyCase):
-    """The same guest by every way, with kernel TLS at both ends, at one, at none, or in clear."""
+class MatrixCase(KernelCase, JourneyCase):
+    """A journey that counts what the kernel does."""
 
     def setUp(self) -> None:
         self.features: set[str] = set()
@@ -79,6 +79,10 @@ class MatrixTests(KernelCase, JourneyCase):
             low, high = self.sides * (channels - 1), self.sides * channels
             self.assertTrue(low <= done[direction] <= high and (done[direction] or not high), done)
         self.assertEqual(done["TlsDecryptError"], 0)
+
+
+class MatrixTests(MatrixCase):
+    """The same guest by every way, with kernel TLS at both ends, at one, at none, or in clear."""
 
     def test_plain(self) -> None:
         """In clear."""
@@ -114,4 +118,21 @@ class MatrixTests(KernelCase, JourneyCase):
             *_WAYS,
             by=("7.2", "7.2"),
             daemons=self.daemons(None, {"exclude": ["ktls"]}, tls=True),
+        )
+
+
+class InBandTests(MatrixCase):
+    """The in-band form of the handshake, which the kernel then takes over from."""
+
+    in_band = True
+
+    def test_ktls(self) -> None:
+        """Kernel TLS at both ends, on a socket that QEMU has and in a relay."""
+        self.features = {"tls", "ktls"}
+        self.sides = 2
+        self.journey(
+            _HANDED_OVER,
+            *("precopy", "preempt"),
+            by=("7.2", "7.2"),
+            daemons=self.daemons(None, None, tls=True),
         )
