@@ -42,5 +42,5 @@ class DescriptorTests(KernelCase, FdCase):
         pair.prove_moved()
         self.assertIn("tls", plan["features"])
         (ktls,) = [one for one in plan["left-out"] if one["name"] == "ktls"]
-        self.assertEqual(("kernel", "source"), (ktls["where"], ktls["side"]))
-        self.assertIn("this one need not be one", ktls["reason"])
+        self.assertEqual("path", ktls["where"])
+        self.assertIn("it goes over tcp only", ktls["reason"])
