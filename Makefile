@@ -45,8 +45,9 @@ bench: setup kernel
 	@$(HOST) qemu-system-x86_64 socat haproxy
 	@$(BIN)/python -m tests.bench
 
+# Anew each time (-E): some pages are made out of the code, and Sphinx looks at their own age only.
 docs: setup
-	@$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	@$(BIN)/sphinx-build -q -E -W --keep-going -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
 clean:
