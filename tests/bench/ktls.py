@@ -63,7 +63,7 @@ def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
     """Measure; ``tell`` hears of each round."""
     costs: dict[str, list[Cost]] = {name: [] for name in _WAYS}
     tell("booting")
-    with closing(Lane(kernel.find(), qemus.find(_MACHINE))) as lane:
+    with closing(Lane(kernel.find(), qemus.find(_MACHINE), cpus=1)) as lane:
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}")
             for name in (list(_WAYS), list(reversed(_WAYS)))[number % 2]:

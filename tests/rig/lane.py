@@ -85,9 +85,10 @@ class Lane:
     :ivar boot_seconds: from the start of QEMU until Python was there.
     """
 
-    def __init__(self, kernel: Kernel, qemu: Qemu) -> None:
+    def __init__(self, kernel: Kernel, qemu: Qemu, cpus: int = 2) -> None:
         """Boot it.
 
+        :param cpus: that it has; QEMU emulates each in a thread of its own.
         :raises LaneFailed: it did not come up.
         """
         began = time.monotonic()
@@ -100,7 +101,7 @@ class Lane:
             path = os.path.join(self._directory, "port")
             listener.bind(path)
             listener.listen(1)
-            self._process = Process.start(self._argv(kernel, qemu, path), log=self._log)
+            self._process = Process.start(self._argv(kernel, qemu, path, cpus), log=self._log)
             self._stack.callback(self._process.close)
             pidfd = os.pidfd_open(self._process.pid)
             # QEMU connects before anything else, or ends and says why.
@@ -114,7 +115,7 @@ class Lane:
         self.kernel = str(self._answer()["kernel"])
         self.boot_seconds = time.monotonic() - began
 
-    def _argv(self, kernel: Kernel, qemu: Qemu, port: str) -> list[str]:
+    def _argv(self, kernel: Kernel, qemu: Qemu, port: str, cpus: int) -> list[str]:
         archive = Path(self._directory, "initramfs")
         environment = {name: os.environ[name] for name in _HANDED_ON if name in os.environ}
         archive.write_bytes(
@@ -126,7 +127,7 @@ class Lane:
                 paths=[str(_ROOT), sys.prefix, sys.base_prefix],
             )
         )
-        argv = [*qemu.argv, "-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1"]
+        argv = [*qemu.argv, "-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", str(cpus)]
         argv += ["-m", str(_MEMORY), "-nodefaults", "-no-user-config", "-no-reboot"]
         argv += ["-display", "none", "-serial", "stdio"]
         argv += ["-kernel", str(kernel.image), "-initrd", str(archive)]
