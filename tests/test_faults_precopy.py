@@ -201,9 +201,11 @@ class NegotiatingTests(FaultCase):
 class SetupTests(FaultCase):
     """As soon as the source's QEMU has begun."""
 
-    def check(self, fault: str, path: str, source: str, destination: str) -> None:
+    def check(
+        self, fault: str, path: str, source: str, destination: str, mode: str = "precopy"
+    ) -> None:
         pair = self.ready(source, destination, link=fault == CUT)
-        pair.begin(path, bandwidth=SLOW)
+        pair.begin(path, mode, bandwidth=SLOW)
         pair.source.monitor.wait_event("MIGRATION", where=lambda data: data["status"] == "setup")
         self.make(fault, pair)
         self.after(fault, pair)
@@ -223,7 +225,10 @@ class SetupTests(FaultCase):
 
     def test_cut(self) -> None:
         """The network is cut."""
-        self.check(CUT, "direct", "11", "11")
+        # With one channel: where a second one (preempt) is on its way then, and comes through
+        # when the migration has failed already, QEMU 11 ends in an assertion of its own
+        # (yank_register_function), and the guest with it.
+        self.check(CUT, "direct", "11", "11", "postcopy")
 
     def test_cancel(self) -> None:
         """The user cancels."""
@@ -541,8 +546,9 @@ class LastMomentTests(FaultCase):
         # It cannot load what it was sent, so it cannot have run.
         pair.destination.process.signal(signal.SIGSTOP)
         seen = len(pair.source.monitor.events)
-        # However much is left: what is on its way to a QEMU that stands still is not much.
-        pair.set(max_bandwidth=1 << 30, downtime_limit=2_000_000)
+        # However much is left, and at the low bandwidth: an iteration that sends more than fits
+        # on the way to a QEMU that stands still would never come to its end.
+        pair.set(downtime_limit=2_000_000)
         pair.source.monitor.wait_event("STOP", since=seen)
         pair.destination.kill()
         self.assertTrue(pair.failed(pair.here))
