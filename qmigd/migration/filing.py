@@ -28,6 +28,7 @@ from ..interfaces import (
 )
 from ..waiting import in_thread
 from .move import Move
+from .offer import not_offered
 from .proposing import Cancelled
 from .services import Services
 from .status import Record
@@ -175,9 +176,9 @@ def _agreed(
 ) -> dict[str, Settings]:
     """Ask the features that go with a format; what each of those that can be had sets."""
     found: dict[str, Settings] = {}
+    refused = not_offered(services)
     for name, feature in services.features.items():
-        excluded = name in services.policy.exclude or format not in feature.formats
-        if excluded or isinstance(feature.probe_host(services.host), No):
+        if format not in feature.formats or name in refused:
             continue
         if isinstance(feature.probe_guest(facts, role), No):
             continue

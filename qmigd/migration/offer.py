@@ -25,15 +25,21 @@ def not_offered(
     :param policy: where it is not that of the configuration.
     :param side: which side this host is, for the reasons.
     """
-    excluded = (policy or services.policy).exclude
     found: dict[str, Obstacle] = {}
     for name, feature in services.features.items():
-        answer = _probe(feature, services.host)
-        if name in excluded:
-            found[name] = Obstacle("it is excluded", POLICY, side)
-        elif isinstance(answer, No):
-            found[name] = Obstacle.of(answer, HOST, side)
+        obstacle = _obstacle(services, feature, policy, side)
+        if obstacle is not None:
+            found[name] = obstacle
     return found
+
+
+def _obstacle(
+    services: Services, feature: IFeature, policy: Policy | None, side: Role | None = None
+) -> Obstacle | None:
+    if feature.name in (policy or services.policy).exclude:
+        return Obstacle("it is excluded", POLICY, side)
+    answer = _probe(feature, services.host)
+    return Obstacle.of(answer, HOST, side) if isinstance(answer, No) else None
 
 
 def _probe(feature: IFeature, host: Host) -> Answer:
@@ -58,8 +64,7 @@ def kernel_does_tls(services: Services, policy: Policy | None = None) -> bool:
 
     :param policy: where it is not that of the configuration.
     """
-    refused = not_offered(services, policy)
     return any(
-        _KERNEL_TLS in feature.abilities and name not in refused
-        for name, feature in services.features.items()
+        _KERNEL_TLS in feature.abilities and _obstacle(services, feature, policy) is None
+        for feature in services.features.values()
     )
