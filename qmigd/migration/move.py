@@ -234,6 +234,31 @@ class Move:
             with suppress(DeadlineError):
                 status = await self.look()
 
+    async def is_over(self) -> bool:
+        """Whether QEMU is done with its migration: it could begin another."""
+        assert self.guest is not None
+        return await self.look() in {*OVER, "none"} and not await self.guest.holds_on()
+
+    async def over_within(self, seconds: float) -> bool:
+        """Whether QEMU's migration comes to an end by then."""
+        end = self.now() + seconds
+        while not await self.is_over():
+            if self.now() >= end:
+                return False
+            await self.rest(0.05)
+        return True
+
+    async def end_migration(self) -> None:
+        """Have QEMU end its migration, and wait until it is done with it.
+
+        :raises DeadlineError: it does not, or does not answer, in time.
+        """
+        assert self.guest is not None
+        if await self.look() not in {*OVER, "none"}:
+            await self.guest.cancel()
+        if not await self.over_within(self.services.deadlines.guest):
+            raise DeadlineError("QEMU does not end its migration although it was cancelled")
+
     def stalled_for(self) -> float:
         """Seconds since QEMU's migration moved at all."""
         return self.now() - self._progressed if self._progress else 0.0

@@ -309,16 +309,8 @@ class Saving(Filing):
 
         :raises DeadlineError: QEMU does not end it in time.
         """
-        guest = self.guest
-        assert guest is not None
         if self._started:
-            end = self.now() + self.services.deadlines.guest
-            if await self.look() not in {*OVER, "none"}:
-                await guest.cancel()
-            while await self.look() not in {*OVER, "none"} or await guest.holds_on():
-                if self.now() >= end:
-                    raise DeadlineError("it does not end its migration although it was cancelled")
-                await self.rest(0.05)
+            await self.end_migration()
         return await self._go_on()
 
     async def _bring_back_late(self) -> None:

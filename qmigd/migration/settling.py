@@ -18,7 +18,7 @@ from ..errors import DeadlineError, QmigdError
 from ..handshake.events import Outcome
 from ..negotiation.policy import Policy
 from ..transports.uri import Address
-from .move import LOOK, OVER
+from .move import LOOK
 from .ownership import SAID, Act, Peer, Released, on_source_failure
 from .paths import SourcePath
 from .proposing import Cancelled, Proposing
@@ -174,8 +174,7 @@ class Settling(Proposing):
 
     async def _end_qemus_migration(self, error: QmigdError) -> None:
         """Bring it to its end, where that is still safe, and wait until QEMU is done with it."""
-        assert self.guest is not None
-        over = await self._is_over()
+        over = await self.is_over()
         if over or (self._released is Released.YES and self._peer is not Peer.NEVER_RAN):
             return
         if not isinstance(error, Cancelled) and self._path is not None:
@@ -183,24 +182,9 @@ class Settling(Proposing):
             # that very moment, QEMU 7.2 with multifd ends in an assertion
             # (yank_unregister_instance), and the guest with it: 3 of 60 tries.
             self._path.close()
-            if await self._over_within(FAILS_WITHIN):
+            if await self.over_within(FAILS_WITHIN):
                 return
-        await self.guest.cancel()
-        if not await self._over_within(self.services.deadlines.guest):
-            raise DeadlineError("QEMU does not end its migration although it was cancelled")
-
-    async def _over_within(self, seconds: float) -> bool:
-        """Whether QEMU's migration comes to an end by then."""
-        end = self.now() + seconds
-        while not await self._is_over():
-            if self.now() >= end:
-                return False
-            await self.rest(0.05)
-        return True
-
-    async def _is_over(self) -> bool:
-        assert self.guest is not None
-        return await self.look() in {*OVER, "none"} and not await self.guest.holds_on()
+        await self.end_migration()
 
     def _part(self, error: QmigdError | None) -> None:
         control = self.control
