@@ -38,6 +38,7 @@ from twisted.internet.interfaces import (
 from zope.interface import implementer
 
 from qmigd.errors import ArgumentError, MigrationError, NoChannel, QmigdError
+from qmigd.transports.vsock import LOCAL_CID
 
 __all__ = [
     "CONTROL",
@@ -51,9 +52,6 @@ __all__ = [
 
 #: What the control connection is called in a request; no payload channel is called so.
 CONTROL: Final = "control"
-
-#: CID of this very machine (VMADDR_CID_LOCAL of linux/vm_sockets.h).
-_VSOCK_LOCAL: Final = 1
 
 #: Told of an event: its name and its data.
 Notify = Callable[[str, Mapping[str, Any]], None]
@@ -143,7 +141,7 @@ def is_local(sock: socket.socket) -> bool:
         address = ipaddress.ip_address(peer[0].partition("%")[0])
         mapped = getattr(address, "ipv4_mapped", None)
         return (mapped or address).is_loopback
-    return sock.family == socket.AF_VSOCK and peer[0] == _VSOCK_LOCAL
+    return sock.family == socket.AF_VSOCK and peer[0] == LOCAL_CID
 
 
 @implementer(IAddress)
