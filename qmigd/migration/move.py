@@ -113,21 +113,26 @@ class Move:
         self, stage: str, *, baseline: bool, secret: bytes = b"", run: bool = True
     ) -> None:
         """Put down in the journal how far a guest that comes in is."""
+        self.put_down(stage, baseline=baseline, secret=secret.hex(), run=run)
+
+    def put_down(self, stage: str, **more: Any) -> None:
+        """Put down in the journal how far it is, and what is to be put back.
+
+        :param more: what else a daemon has to know that finds it interrupted, JSON.
+        """
         assert self.guest is not None
         self.services.journal.write(
             self.record.id,
-            "destination",
+            self.record.role,
             {
                 "guest": self.record.guest,
                 "qmp": self.services.guests.where(self.guest),
                 "peer": self.record.peer,
                 "stage": stage,
-                "baseline": baseline,
-                "secret": secret.hex(),
-                "run": run,
                 "capabilities": dict(self.saved.capabilities),
                 "parameters": dict(self.saved.parameters),
                 "objects": list(self.saved.objects),
+                **more,
             },
         )
 

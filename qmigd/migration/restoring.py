@@ -307,19 +307,4 @@ class Restoring(Filing):
         return "not here; its QEMU was ended"
 
     def _note(self) -> None:
-        assert self.guest is not None
-        self.services.journal.write(
-            self.record.id,
-            "destination",
-            {
-                "guest": self.record.guest,
-                "qmp": self.services.guests.where(self.guest),
-                "peer": self.record.peer,
-                "stage": "receiving",
-                "file": str(self._file.path),
-                "run": self._file.head.run,
-                "capabilities": dict(self.saved.capabilities),
-                "parameters": dict(self.saved.parameters),
-                "objects": list(self.saved.objects),
-            },
-        )
+        self.put_down("receiving", file=str(self._file.path), run=self._file.head.run)

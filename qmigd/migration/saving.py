@@ -361,17 +361,7 @@ class Saving(Filing):
 
         A file that has lost its temporary name has got its own, unless it was given up.
         """
-        assert self.guest is not None
-        entry: dict[str, Any] = {
-            "guest": self.record.guest,
-            "qmp": self.services.guests.where(self.guest),
-            "peer": self.record.peer,
-            "stage": "saving",
-            "was-running": self._ran,
-            "capabilities": dict(self.saved.capabilities),
-            "parameters": dict(self.saved.parameters),
-            "objects": list(self.saved.objects),
-        }
+        more: dict[str, Any] = {"was-running": self._ran}
         if not given_up:
-            entry["file"] = str(NewFile.place(self._path, self.record.id))
-        self.services.journal.write(self.record.id, "source", entry)
+            more["file"] = str(NewFile.place(self._path, self.record.id))
+        self.put_down("saving", **more)

@@ -211,22 +211,11 @@ class Settling(Proposing):
         return "moved; the QEMU here was ended"
 
     def _note(self, stage: str) -> None:
-        assert self.guest is not None
         self._stage = stage
-        self.services.journal.write(
-            self.record.id,
-            "source",
-            {
-                "guest": self.record.guest,
-                "qmp": self.services.guests.where(self.guest),
-                "peer": self.record.peer,
-                "stage": stage,
-                "baseline": self.baseline,
-                "tls-hostname": self.hostname if self.in_tls else None,
-                "secret": self.secret.hex(),
-                "was-running": self.was_running,
-                "capabilities": dict(self.saved.capabilities),
-                "parameters": dict(self.saved.parameters),
-                "objects": list(self.saved.objects),
-            },
-        )
+        more = {
+            "baseline": self.baseline,
+            "tls-hostname": self.hostname if self.in_tls else None,
+            "secret": self.secret.hex(),
+            "was-running": self.was_running,
+        }
+        self.put_down(stage, **more)
