@@ -7,23 +7,16 @@ wait until QEMU is done with its migration, which can be long after the user has
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ..errors import DeadlineError, QmigdError
 from ..handshake.events import Outcome
-from ..negotiation.policy import Policy
-from ..transports.uri import Address
 from .move import LOOK
 from .ownership import SAID, Act, Peer, Released, on_source_failure
 from .paths import SourcePath
 from .proposing import Cancelled, Proposing
-from .services import Services
-from .status import Record
 from .verdicts import ask
 
 __all__ = ["Settling"]
@@ -37,24 +30,14 @@ FAILS_WITHIN = 2.0
 class Settling(Proposing):
     """A source that knows how far it has come, and how to end from there."""
 
-    def __init__(
-        self,
-        services: Services,
-        record: Record,
-        uri: Address,
-        policy: Policy,
-        tunables: Mapping[str, Any],
-        tls_hostname: str | None = None,
-    ) -> None:
-        super().__init__(services, record, uri, policy, tunables, tls_hostname)
-        self._path: SourcePath | None = None
-        self._started = False
-        self._released = Released.NO
-        self._peer = Peer.NEVER_RAN
-        self._outcome: Outcome | None = None
-        self._stage = ""
-        self._lingers = False
-        self._asked = -1
+    _path: SourcePath | None = None
+    _started = False
+    _released = Released.NO
+    _peer = Peer.NEVER_RAN
+    _outcome: Outcome | None = None
+    _stage = ""
+    _lingers = False
+    _asked = -1
 
     async def _ask(self) -> None:
         """RELEASE was sent and the connection lost: find out whether the guest arrived."""
