@@ -43,7 +43,9 @@ _RAM_BLOCK = re.compile(
 )
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 #: Where QEMU has the objects of its command line; a RAM block may bear such a path as its name.
-_OBJECTS = "/objects/"
+_OBJECTS = "/objects"
+#: Those of them that are RAM in a file.
+_IN_FILE = "child<memory-backend-file>"
 
 _Json = dict[str, Any]
 
@@ -98,6 +100,7 @@ async def describe(client: QMPClient) -> Description:
             _ask(client, "query-memory-size-summary"),
             _ask(client, "human-monitor-command", **{"command-line": "info ramblock"}),
             _ask(client, "query-memdev"),
+            _ask(client, "qom-list", path=_OBJECTS),
             _ask(client, "query-migrate"),
             _ask(client, "query-cpus-fast"),
             _get(client, _FIRST_CPU, "type"),
@@ -107,10 +110,10 @@ async def describe(client: QMPClient) -> Description:
             _ask(client, "qom-list", path=_ANONYMOUS),
         ]
     )
-    kind, uuid, switches, memory, blocks, backends, progress = answers[:7]
-    cpus, cpu, drives, pci, named, anonymous = answers[7:]
+    kind, uuid, switches, memory, blocks, backends, objects, progress = answers[:8]
+    cpus, cpu, drives, pci, named, anonymous = answers[8:]
     ram = parse_ram_blocks(blocks or "", backends or ())
-    files = Deferred.fromCoroutine(_files(client, backends or ()))
+    files = Deferred.fromCoroutine(_files(client, objects or ()))
     capabilities = {entry["capability"]: entry["state"] for entry in switches or ()}
     version = client.greeting["version"]["qemu"]
     found: _Json = {"qemu": "{major}.{minor}.{micro}".format_map(version)}
@@ -136,15 +139,15 @@ async def describe(client: QMPClient) -> Description:
     files_of = {
         block.name: file
         for block in ram
-        if (file := in_files.get(block.name.removeprefix(_OBJECTS))) is not None
+        if (file := in_files.get(block.name.removeprefix(f"{_OBJECTS}/"))) is not None
     }
     return Description(found, capabilities, ram, tuple(blockers), files_of, thread)
 
 
-async def _files(client: QMPClient, backends: Sequence[_Json]) -> dict[str, str]:
+async def _files(client: QMPClient, objects: Sequence[_Json]) -> dict[str, str]:
     """Return the paths of the memory backends that are in a file, by their ids."""
-    names = [backend["id"] for backend in backends if "id" in backend]
-    paths = await together([_get(client, _OBJECTS + name, "mem-path") for name in names])
+    names = [child["name"] for child in objects if child["type"] == _IN_FILE]
+    paths = await together([_get(client, f"{_OBJECTS}/{name}", "mem-path") for name in names])
     return {name: path for name, path in zip(names, paths, strict=True) if path}
 
 
@@ -163,7 +166,7 @@ def parse_ram_blocks(text: str, backends: Sequence[_Json] = ()) -> tuple[RamBloc
                     name,
                     int(size, 16),
                     int(pages) * _UNITS[unit],
-                    shared.get(name.removeprefix(_OBJECTS)),
+                    shared.get(name.removeprefix(f"{_OBJECTS}/")),
                 )
             )
     return tuple(sorted(blocks, key=lambda block: block.name))

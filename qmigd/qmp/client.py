@@ -14,7 +14,7 @@ is then unknown.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.internet.defer import Deferred, DeferredLock, fail
 from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint
@@ -44,6 +44,7 @@ from qmigd.errors import (
     ProtocolError,
 )
 from qmigd.qmp.codec import CLIENT_LIMIT, Decoder, Message, encode
+from qmigd.waiting import with_deadline
 
 __all__ = [
     "COMMAND_DEADLINE",
@@ -99,6 +100,19 @@ class QMPDeadline(GuestError, DeadlineError):
     code = DeadlineError.code
 
 
+class _Asked(NamedTuple):
+    """A command that waits for its answer.
+
+    :ivar seconds: what it has for that.
+    :ivar due: when they are over, on the connection's clock.
+    """
+
+    command: str
+    answer: Deferred[Any]
+    seconds: float
+    due: float
+
+
 class QMPClient(Protocol):
     """One connection; made and greeted by :func:`connect`."""
 
@@ -115,7 +129,8 @@ class QMPClient(Protocol):
         self._clock = clock
         self._decoder = Decoder(CLIENT_LIMIT)
         self._greeted: Deferred[dict[str, Any]] | None = None
-        self._pending: dict[int, tuple[str, Deferred[Any]]] = {}
+        self._pending: dict[int, _Asked] = {}
+        self._timer: IDelayedCall | None = None
         self._last_id = 0
         # QEMU keeps the descriptors of one read only: one such command at a time.
         self._descriptors = DeferredLock()
@@ -220,7 +235,7 @@ class QMPClient(Protocol):
         """
         assert self._greeted is not None  # connected by now
         try:
-            self.greeting = await self._within(deadline, self._greeted)
+            self.greeting = await with_deadline(self._clock, self._greeted, deadline, "a greeting")
         except DeadlineError:
             busy = GuestBusy(_TAKEN.format(self.address))
             self._fail(busy)
@@ -246,36 +261,48 @@ class QMPClient(Protocol):
         if arguments:
             message["arguments"] = dict(arguments)
         answer: Deferred[Any] = Deferred()
-        self._pending[number] = command, answer
+        within = self.deadline if seconds is None else seconds
+        self._pending[number] = _Asked(command, answer, within, self._clock.seconds() + within)
+        self._ring_in(within)
         self.transport.write(encode(message))
 
         def forget(failure: Failure) -> Failure:
-            self._pending.pop(number, None)
+            self._take(number)
             return failure
 
-        answer.addErrback(forget)
-        return self._within(self.deadline if seconds is None else seconds, answer, command)
+        return answer.addErrback(forget)
 
-    def _within(
-        self, seconds: float, waited: Deferred[Any], command: str = "greeting"
-    ) -> Deferred[Any]:
-        """Fail ``waited`` with QMPDeadline if it has not fired after ``seconds``."""
+    def _take(self, number: int) -> _Asked | None:
+        """Take what was asked under a number off the list, if it is there."""
+        asked = self._pending.pop(number, None)
+        if not self._pending:
+            self._stop_clock()
+        return asked
 
-        def late() -> None:
-            waited.errback(
+    def _ring_in(self, seconds: float) -> None:
+        """Have the clock ring by then: one for all commands, most of which go by the dozen."""
+        if self._timer is None:
+            self._timer = self._clock.callLater(seconds, self._ring)
+        elif self._timer.getTime() > self._clock.seconds() + seconds:
+            self._timer.reset(seconds)
+
+    def _stop_clock(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _ring(self) -> None:
+        self._timer = None
+        now = self._clock.seconds()
+        for asked in [asked for asked in self._pending.values() if asked.due <= now]:
+            asked.answer.errback(
                 QMPDeadline(
-                    f"the QEMU on {self.address} did not answer {command} within {seconds:g} s"
+                    f"the QEMU on {self.address} did not answer {asked.command} within "
+                    f"{asked.seconds:g} s"
                 )
             )
-
-        timer: IDelayedCall = self._clock.callLater(seconds, late)
-
-        def settled(result: Any) -> Any:
-            if timer.active():
-                timer.cancel()
-            return result
-
-        return waited.addBoth(settled)
+        if self._pending:
+            self._ring_in(min(asked.due for asked in self._pending.values()) - now)
 
     def _handle(self, message: Message) -> None:
         if "event" in message:
@@ -286,21 +313,21 @@ class QMPClient(Protocol):
                 greeted.callback(message["QMP"])
         elif "id" in message:
             # An answer that came after its deadline has nobody waiting any more.
-            command, answer = self._pending.pop(message["id"], ("", None))
-            if answer is None:
+            asked = self._take(message["id"])
+            if asked is None:
                 return
             if "error" in message:
                 error = message["error"]
-                answer.errback(
+                asked.answer.errback(
                     QMPRefusal(
-                        command,
+                        asked.command,
                         error.get("class", ""),
                         error.get("desc", "no reason given"),
                         error.get("data", {}).get("code"),
                     )
                 )
             else:
-                answer.callback(message.get("return"))
+                asked.answer.callback(message.get("return"))
         else:
             _log.warn(
                 "{address} sent a message that answers nothing: {message}",
@@ -322,8 +349,9 @@ class QMPClient(Protocol):
         gone = reason if isinstance(reason, GuestGone) else GuestGone(reason.text)
         self._lost = gone
         self.transport.abortConnection()
-        waiting = [answer for _, answer in self._pending.values()]
+        waiting = [asked.answer for asked in self._pending.values()]
         self._pending.clear()
+        self._stop_clock()
         if self._greeted is not None and not self._greeted.called:
             waiting.append(self._greeted)
         for answer in waiting:
