@@ -14,7 +14,14 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.errors import ArgumentError, MigrationError, NoChannel
-from qmigd.transports.descriptors import ChannelRequests, FdAddress, adopt, checked, is_local
+from qmigd.transports.adopting import adopt
+from qmigd.transports.descriptors import (
+    ChannelRequests,
+    DescriptorAddress,
+    FdAddress,
+    checked,
+    is_local,
+)
 from qmigd.transports.sockets import tcp_pair
 
 from . import test_transports_sockets
@@ -235,7 +242,7 @@ class AdoptedTests(test_transports_sockets.ReactorTests):
     """A socket that is taken in can be read, written and let go of as any other."""
 
     def adopt(self, reactor: Any, sock: socket.socket, protocol: Protocol) -> None:
-        adopt(reactor, sock, Factory.forProtocol(lambda: protocol))
+        adopt(reactor, sock, Factory.forProtocol(lambda: protocol), DescriptorAddress())
 
 
 # A case for each reactor that this host has the libraries for.

@@ -9,7 +9,8 @@ from ..errors import ArgumentError, QmigdError
 from ..migration.listening import IncomingFactory
 from ..migration.services import Services
 from ..qmp.descriptors import Descriptors
-from ..transports.descriptors import adopt, checked, is_local
+from ..transports.adopting import adopt
+from ..transports.descriptors import DescriptorAddress, checked, is_local
 
 __all__ = ["ChannelCommands"]
 
@@ -51,7 +52,8 @@ class ChannelCommands:
         """Serve a connection as if it had been accepted on a port."""
         services = self._services
         required = not (services.security.insecure or is_local(sock))
-        adopt(services.reactor, sock, IncomingFactory(services, tls_required=required))
+        factory = IncomingFactory(services, tls_required=required)
+        adopt(services.reactor, sock, factory, DescriptorAddress())
 
 
 def _socket(descriptors: Descriptors, fdname: str) -> socket.socket:

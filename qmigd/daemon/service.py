@@ -34,7 +34,7 @@ from ..guests import quirks
 from ..interfaces import KERNEL, POLICY, Answer, GuestFacts, Host, IFeature, No, Yes
 from ..migration.legacy_incoming import LegacyFactory
 from ..migration.listening import IncomingFactory
-from ..migration.recovery import recover
+from ..migration.recovery import Recovery
 from ..migration.security import Security
 from ..migration.services import Deadlines, HostFacts, Services
 from ..migration.status import Records
@@ -187,7 +187,8 @@ class QmigdService(Service):
                 shutil.rmtree(left, ignore_errors=True)
             for migration, role, entry in list(self._journal.entries()):
                 # The guests are reserved at once; QEMU may still take its time.
-                Deferred.fromCoroutine(recover(self._services, migration, role, entry))
+                interrupted = Recovery(self._services, migration, role, entry)
+                Deferred.fromCoroutine(interrupted.begin())
             self._movers.start()
             for uri in self._config.daemon.listen:
                 factory = IncomingFactory(

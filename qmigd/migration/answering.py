@@ -149,7 +149,7 @@ class Answering(Move):
         return await (taking or self._take_guest(None))
 
     async def _take_guest(self, name: str | None) -> GuestFacts:
-        examined = await self.take_waiting(name, self.control.peer)
+        examined = await self.take_from_peer(name, self.control.peer)
         self._description = examined.description
         return examined.facts
 

@@ -56,18 +56,9 @@ class Incoming(Answering):
         self._cancelled: str | None = None
         self._failure: QmigdError | None = None
 
-    async def serve(self) -> None:
-        """Do it all.  Never raises: how it ended is in the record."""
-        error: QmigdError | None = None
-        try:
-            await self.negotiate()
-            await self._receive()
-        except QmigdError as failure:
-            error = failure
-        except Exception:
-            log.failure("incoming migration {id}", id=self.record.id)
-            error = MigrationError("qmigd itself failed; its log says where", code="internal")
-        await self._settle(error)
+    async def carry_out(self) -> None:
+        await self.negotiate()
+        await self._receive()
 
     # the stream
 
@@ -218,8 +209,7 @@ class Incoming(Answering):
 
     # the end
 
-    async def _settle(self, error: QmigdError | None) -> None:
-        """Leave this host in order, whatever happened."""
+    async def settle(self, error: QmigdError | None) -> None:
         if error is not None:
             await self._recover()
             self.services.verdicts.settle(self.record.id, self._ran)

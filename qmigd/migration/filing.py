@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -15,7 +17,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ..channels.saved_files import NewFile, SavedFile
-from ..errors import ArgumentError, FeatureError, MigrationError, QmigdError
+from ..errors import ArgumentError, FeatureError, FileError, MigrationError, QmigdError
 from ..interfaces import (
     MAPPED_RAM,
     STREAM,
@@ -199,15 +201,21 @@ def _agreed(
 class Filing(Move):
     """A move between a guest and a file.
 
+    :ivar path: the file's.
     :ivar cancelled: why the user wants an end of it, or ``None``.
     """
 
     #: What is said of one that cannot be ended any more.
     too_late = ""
+    #: And of one whose QEMU is not at work.
+    not_now = ""
 
-    def __init__(self, services: Services, record: Record) -> None:
+    def __init__(self, services: Services, record: Record, path: Path) -> None:
         super().__init__(services, record)
+        self.path = path
         self.cancelled: str | None = None
+        self._moving = False
+        self._broken: BaseException | None = None
         self._stop = threading.Event()
         self._settled = False
         self._stream: socket.socket | None = None
@@ -223,6 +231,19 @@ class Filing(Move):
         self.cancelled = reason
         self._stop.set()
         self.wake()
+
+    @abstractmethod
+    def note(self) -> None:
+        """Put down in the journal what a daemon has to know that finds it interrupted."""
+
+    async def set_tunables(self, tunables: Mapping[str, Any]) -> None:
+        """Set migration parameters while it runs.
+
+        :raises MigrationError: it does not.
+        """
+        if not self._moving:
+            raise MigrationError(self.not_now)
+        await self.tune(tunables, self.note)
 
     async def start_postcopy(self) -> None:
         """Postcopy needs a destination.
@@ -292,6 +313,23 @@ class Filing(Move):
         except QmigdError as error:
             log.info("guest {guest}: {error}", guest=self.record.guest, error=error.text)
         self._lent = ""
+
+    def poured(self, result: object, ours: socket.socket) -> None:
+        """What goes between QEMU and the file has come to its end, or cannot."""
+        self._broken = result.value if isinstance(result, Failure) else None
+        # Not before: QEMU fails where its stream ends early, and would say no more than that.
+        ours.close()
+        self.wake()
+
+    def raise_if_broken(self) -> None:
+        """Give up where it was the file that failed; QEMU would only say that its stream ended.
+
+        :raises FileError: it was, and why.
+        """
+        if isinstance(self._broken, QmigdError):
+            raise FileError(f"{self.path}: {self._broken.text}")
+        if self._broken is not None:
+            raise self._broken
 
     def cut_stream(self) -> None:
         """Have QEMU and the thread find the stream closed; it is closed when that one has ended."""

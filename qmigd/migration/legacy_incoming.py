@@ -20,7 +20,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
 
 from ..channels.tls import HANDSHAKE_RECORD
-from ..errors import GuestError, GuestGone, MigrationError, ProtocolError, QmigdError
+from ..errors import GuestError, GuestGone, ProtocolError, QmigdError
 from ..interfaces import Settings
 from ..transports.arriving import peek
 from ..transports.sockets import caller, detach, tune_stream
@@ -64,7 +64,7 @@ class _Connection(Protocol):
         sock = detach(self.transport)
         tune_stream(sock)
         move = LegacyIncoming(self._services, self._guest, sock, peer)
-        Deferred.fromCoroutine(move.serve())
+        Deferred.fromCoroutine(move.begin())
 
 
 class LegacyIncoming(Move):
@@ -81,19 +81,10 @@ class LegacyIncoming(Move):
         self._sock = sock
         self._receiving = False
 
-    async def serve(self) -> None:
-        """Do it all.  Never raises: how it ended is in the log, and in the record."""
-        error: QmigdError | None = None
-        try:
-            await self._check()
-            await self._prepare()
-            await self._receive()
-        except QmigdError as failure:
-            error = failure
-        except Exception:
-            log.failure("incoming plain stream {id}", id=self.record.id)
-            error = MigrationError("qmigd itself failed; its log says where", code="internal")
-        await self._settle(error)
+    async def carry_out(self) -> None:
+        await self._check()
+        await self._prepare()
+        await self._receive()
 
     async def _check(self) -> None:
         """See that it is a plain stream, before anything is done for it."""
@@ -116,7 +107,7 @@ class LegacyIncoming(Move):
     async def _prepare(self) -> None:
         """Have the guest's QEMU ready for a stream that brings nothing but the guest."""
         services = self.services
-        examined = await self.take_waiting(self._name)
+        examined = await self.take_from_peer(self._name)
         if examined.facts.parameters.get("tls-creds"):
             raise GuestError(
                 f"the QEMU of guest {self._name} has tls-creds set, and a plain stream has no TLS"
@@ -145,8 +136,7 @@ class LegacyIncoming(Move):
         await self.guest.incoming(self._sock)
         await self.until_completed()
 
-    async def _settle(self, error: QmigdError | None) -> None:
-        """Leave this host in order."""
+    async def settle(self, error: QmigdError | None) -> None:
         if error is not None:
             await self._recover()
         self._sock.close()

@@ -83,7 +83,7 @@ class IncomingConnection(Control):
         elif isinstance(event, Selected):
             self._served = True
             move = Incoming(self._services, self, event)
-            Deferred.fromCoroutine(move.serve())
+            Deferred.fromCoroutine(move.begin())
         elif isinstance(event, Asked):
             self._answer(event)
         else:

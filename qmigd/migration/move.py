@@ -7,6 +7,7 @@ things and no more.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -33,7 +34,7 @@ LOOK = 0.5
 OVER = frozenset({"completed", "failed", "cancelled"})
 
 
-class Move:
+class Move(ABC):
     """One side of one migration.
 
     :ivar guest: in this migration's hands once it has been attached.
@@ -51,6 +52,34 @@ class Move:
         self._unwatch: Any = None
         self._progress: tuple[Any, ...] = ()
         self._progressed = 0.0
+
+    async def begin(self) -> None:
+        """Do it all.  Never raises: how it ended is in the record."""
+        error: QmigdError | None = None
+        try:
+            await self.carry_out()
+        except QmigdError as failure:
+            error = failure
+        except Exception:
+            log.failure(
+                "{role} side of migration {id} of guest {guest}",
+                role=self.record.role,
+                id=self.record.id,
+                guest=self.record.guest or "?",
+            )
+            error = MigrationError("qmigd itself failed; its log says where", code="internal")
+        await self.settle(error)
+
+    @abstractmethod
+    async def carry_out(self) -> None:
+        """Do all that may fail.
+
+        :raises QmigdError: it has failed, or somebody wanted an end of it.
+        """
+
+    @abstractmethod
+    async def settle(self, error: QmigdError | None) -> None:
+        """Leave this host in order, and put down in the record how it ended.  Never raises."""
 
     # waiting
 
@@ -87,23 +116,35 @@ class Move:
             self.record.passed(int(data.get("pass", 0)))
         self.wake()
 
-    async def take_waiting(self, name: str | None, peer: PeerNames | None = None) -> Examined:
-        """Take hold of a guest that waits for its stream.
+    async def take_from_peer(self, name: str | None, peer: PeerNames | None = None) -> Examined:
+        """Take hold of a guest that waits for the stream of a peer's.
 
         :param name: ``None``: the only one that waits.
         :param peer: whose certificate it is to come with; ``None``: in clear.
         :raises QmigdError: there is none, or it may not come from there.
         """
-        self.record.update(step="waiting for the guest's QEMU")
-        guest = await self.services.guests.waiting(name, self.record.id)
-        self.guest = guest
-        self.record.guest = guest.name
+        guest = await self.find_waiting(name)
         self.services.security.check_guest(peer, guest.name)
+        return await self.take_waiting(guest, "for a migration")
+
+    async def find_waiting(self, name: str | None) -> Guest:
+        """Wait for a guest that may be taken; see :meth:`take_from_peer`."""
+        self.record.update(step="waiting for the guest's QEMU")
+        self.guest = guest = await self.services.guests.waiting(name, self.record.id)
+        self.record.guest = guest.name
+        return guest
+
+    async def take_waiting(self, guest: Guest, what: str) -> Examined:
+        """Take hold of a guest, and see that it waits.
+
+        :param what: for, as the text of an error has it.
+        :raises GuestError: it does not.
+        """
         await self.attach(guest)
         examined = await guest.examine()
         if examined.status != "inmigrate":
             raise GuestError(
-                f"guest {guest.name} does not wait for a migration, it is {examined.status}; "
+                f"guest {guest.name} does not wait {what}, it is {examined.status}; "
                 f"start its QEMU with -incoming defer",
                 code="guest-not-waiting",
             )
@@ -145,6 +186,12 @@ class Move:
         before, now = await self.guest.apply(settings, facts)
         self.saved = before | self.saved
         return now
+
+    async def tune(self, tunables: Mapping[str, Any], note: Callable[[], None]) -> None:
+        """Set migration parameters while it runs; ``note`` puts down what is to be put back."""
+        await self.set_up(Settings({}, tunables))
+        note()
+        self.record.tunables = {**self.record.tunables, **tunables}
 
     def remember(self, settings: Settings, guest: GuestFacts) -> None:
         """Put down what is set at present of all that is going to be set."""

@@ -15,149 +15,158 @@ from twisted.logger import Logger
 
 from ..channels.saved_files import discard
 from ..errors import GuestGone, QmigdError
-from ..interfaces import Settings
+from ..interfaces import Guest, Role, Settings
 from ..transports.programs import reach
 from ..transports.uri import InBandAddress, bare, parse_uri
 from .move import OVER, Move
 from .services import Services
 from .verdicts import ask
 
-__all__ = ["recover"]
+__all__ = ["Recovery"]
 
 log = Logger()
 
 
-async def recover(services: Services, migration: str, role: str, entry: Mapping[str, Any]) -> None:
-    """Bring one migration of an earlier life of the daemon to an end.  Never raises."""
-    record = services.records.new(
-        migration, entry["guest"], "source" if role == "source" else "destination", entry["peer"]
-    )
-    move = Move(services, record)
-    try:
-        move.guest = services.guests.retake(entry["guest"], entry["qmp"], migration)
-        if role == "destination":
-            services.verdicts.expect(migration, bytes.fromhex(entry.get("secret", "")))
-        await move.attach(move.guest)
-        move.saved = Settings(
+class Recovery(Move):
+    """One migration of an earlier life of the daemon, on its way to an end."""
+
+    def __init__(
+        self, services: Services, migration: str, role: str, entry: Mapping[str, Any]
+    ) -> None:
+        """:param entry: what the journal has of it."""
+        side: Role = "source" if role == "source" else "destination"
+        super().__init__(
+            services, services.records.new(migration, entry["guest"], side, entry["peer"])
+        )
+        self._entry = entry
+        self._step = ""
+
+    async def carry_out(self) -> None:
+        entry, services = self._entry, self.services
+        self.guest = services.guests.retake(entry["guest"], entry["qmp"], self.record.id)
+        if self.record.role == "destination":
+            services.verdicts.expect(self.record.id, bytes.fromhex(entry.get("secret", "")))
+        await self.attach(self.guest)
+        self.saved = Settings(
             entry.get("capabilities", {}),
             entry.get("parameters", {}),
             dict.fromkeys(entry.get("objects", ())),
         )
-        act = _source if role == "source" else _destination
-        step = await act(move, entry)
-        await move.put_back()
-    except GuestGone as gone:
-        if role == "destination" and entry["stage"] != "released":
-            services.verdicts.settle(migration, False)
-        if role == "source" and "file" in entry:
-            discard(entry["file"])
-        step = f"its QEMU is gone: {gone.text}"
-    except QmigdError as error:
-        step = f"it could not be brought to an end: {error.text}"
-    except Exception:
-        log.failure("recovery of migration {id}", id=migration)
-        step = "qmigd failed in it"
-    move.let_go()
-    services.journal.forget(migration, role)
-    log.warn(
-        "migration {id} of guest {guest} was interrupted by the end of an earlier qmigd: {step}",
-        id=migration,
-        guest=entry["guest"],
-        step=step,
-    )
+        if self.record.role == "source":
+            self._step = await self._source(self.guest)
+        else:
+            self._step = await self._destination(self.guest)
+        await self.put_back()
 
+    async def settle(self, error: QmigdError | None) -> None:
+        entry, services, id, role = self._entry, self.services, self.record.id, self.record.role
+        if isinstance(error, GuestGone):
+            if role == "destination" and entry["stage"] != "released":
+                services.verdicts.settle(id, False)
+            if role == "source" and "file" in entry:
+                discard(entry["file"])
+            self._step = f"its QEMU is gone: {error.text}"
+        elif error is not None:
+            self._step = f"it could not be brought to an end: {error.text}"
+        self.let_go()
+        services.journal.forget(id, role)
+        log.warn(
+            "migration {id} of guest {guest} was interrupted by the end of an earlier qmigd: "
+            "{step}",
+            id=id,
+            guest=entry["guest"],
+            step=self._step,
+        )
 
-async def _source(move: Move, entry: Mapping[str, Any]) -> str:
-    assert move.guest is not None
-    # Nobody finishes a file any more.  If QEMU still writes, then to one that has no name.
-    if "file" in entry and not discard(entry["file"]):
-        return "it was saved"
-    if entry["stage"] == "released" and not await _never_ran(move, entry):
-        return "the guest is the destination's"
-    if await move.look() not in {*OVER, "none"}:
-        await move.guest.cancel()
-    await move.until_over()
-    if entry.get("baseline") and move.qemu_status == "completed":
-        # Nobody has to be asked there: the destination's QEMU lets it run by itself.
-        return "the guest is the destination's"
-    if entry.get("was-running", True) and await move.guest.query_status() != "running":
-        await move.guest.cont()
-    return "the guest goes on here"
+    async def _source(self, guest: Guest) -> str:
+        entry = self._entry
+        # Nobody finishes a file any more.  If QEMU still writes, then to one that has no name.
+        if "file" in entry and not discard(entry["file"]):
+            return "it was saved"
+        if entry["stage"] == "released" and not await self._never_ran():
+            return "the guest is the destination's"
+        if await self.look() not in {*OVER, "none"}:
+            await guest.cancel()
+        await self.until_over()
+        if entry.get("baseline") and self.qemu_status == "completed":
+            # Nobody has to be asked there: the destination's QEMU lets it run by itself.
+            return "the guest is the destination's"
+        if entry.get("was-running", True) and await guest.query_status() != "running":
+            await guest.cont()
+        return "the guest goes on here"
 
-
-async def _never_ran(move: Move, entry: Mapping[str, Any]) -> bool:
-    """Whether the destination says so of a guest that was released to it."""
-    services = move.services
-    try:
-        uri, secret = parse_uri(entry["peer"]), bytes.fromhex(entry["secret"])
-    except (QmigdError, KeyError, ValueError) as error:
-        log.warn("migration {id} cannot be asked about: {error}", id=move.record.id, error=error)
+    async def _never_ran(self) -> bool:
+        """Whether the destination says so of a guest that was released to it."""
+        services, entry = self.services, self._entry
+        try:
+            uri, secret = parse_uri(entry["peer"]), bytes.fromhex(entry["secret"])
+        except (QmigdError, KeyError, ValueError) as error:
+            log.warn(
+                "migration {id} cannot be asked about: {error}", id=self.record.id, error=error
+            )
+            return False
+        peer = services.bound(bare(uri), self.record.id, entry["guest"])
+        hostname = entry.get("tls-hostname")
+        tls = services.security.calling(hostname) if hostname else None
+        reached, programs = reach(services.reactor, peer, self.record.name)
+        end = self.now() + services.deadlines.ask
+        try:
+            while self.now() < end:
+                try:
+                    answer = await ask(
+                        services.reactor,
+                        reached,
+                        self.record.id,
+                        secret,
+                        services.deadlines.handshake,
+                        tls,
+                        in_band=isinstance(uri, InBandAddress),
+                    )
+                except QmigdError as error:
+                    log.info("no answer from {peer}: {error}", peer=reached, error=error.text)
+                else:
+                    if answer.get("ran") is not None:
+                        return answer["ran"] is False
+                await self.rest()
+        finally:
+            if programs is not None:
+                await programs.end()
         return False
-    peer = services.bound(bare(uri), move.record.id, entry["guest"])
-    hostname = entry.get("tls-hostname")
-    tls = services.security.calling(hostname) if hostname else None
-    reached, programs = reach(services.reactor, peer, move.record.name)
-    end = move.now() + services.deadlines.ask
-    try:
-        while move.now() < end:
-            try:
-                answer = await ask(
-                    services.reactor,
-                    reached,
-                    move.record.id,
-                    secret,
-                    services.deadlines.handshake,
-                    tls,
-                    in_band=isinstance(uri, InBandAddress),
-                )
-            except QmigdError as error:
-                log.info("no answer from {peer}: {error}", peer=reached, error=error.text)
-            else:
-                if answer.get("ran") is not None:
-                    return answer["ran"] is False
-            await move.rest()
-    finally:
-        if programs is not None:
-            await programs.end()
-    return False
 
+    async def _destination(self, guest: Guest) -> str:
+        entry = self._entry
+        if entry["stage"] == "prepared":
+            return "nothing had been moved; its QEMU still waits"
+        if "file" in entry:
+            return await self._restored(guest)
+        if entry["stage"] == "receiving":
+            if entry.get("baseline"):
+                # QEMU has the connection, and lets the guest run by itself.
+                await self.until_over()
+            if await guest.query_status() == "running":
+                self.services.verdicts.settle(self.record.id, True)
+                return "it runs here"
+            if entry.get("baseline") and self.qemu_status == "completed":
+                return "it is here, as it was at the source"
+            self.saved = Settings()
+            await guest.quit()
+            self.services.verdicts.settle(self.record.id, False)
+            return "the guest is the source's; the half of it that was here was ended"
+        await self.until_over()
+        if entry.get("run", True) and await guest.query_status() != "running":
+            await guest.cont()
+        self.services.verdicts.settle(self.record.id, True)
+        return "the guest runs here"
 
-async def _destination(move: Move, entry: Mapping[str, Any]) -> str:
-    assert move.guest is not None
-    if entry["stage"] == "prepared":
-        return "nothing had been moved; its QEMU still waits"
-    if "file" in entry:
-        return await _restored(move, entry)
-    if entry["stage"] == "receiving":
-        if entry.get("baseline"):
-            # QEMU has the connection, and lets the guest run by itself.
-            await move.until_over()
-        if await move.guest.query_status() == "running":
-            move.services.verdicts.settle(move.record.id, True)
-            return "it runs here"
-        if entry.get("baseline") and move.qemu_status == "completed":
-            return "it is here, as it was at the source"
-        move.saved = Settings()
-        await move.guest.quit()
-        move.services.verdicts.settle(move.record.id, False)
-        return "the guest is the source's; the half of it that was here was ended"
-    await move.until_over()
-    if entry.get("run", True) and await move.guest.query_status() != "running":
-        await move.guest.cont()
-    move.services.verdicts.settle(move.record.id, True)
-    return "the guest runs here"
-
-
-async def _restored(move: Move, entry: Mapping[str, Any]) -> str:
-    """A guest out of a file: QEMU may have it whole, if it reads the file by itself."""
-    assert move.guest is not None
-    await move.until_over()
-    if move.qemu_status == "none":
-        return "nothing of it had been loaded; its QEMU still waits"
-    if move.qemu_status != "completed":
-        move.saved = Settings()
-        await move.guest.quit()
-        return "its file was not read to the end, and its QEMU was ended"
-    if entry.get("run", True) and await move.guest.query_status() != "running":
-        await move.guest.cont()
-    return "it was restored"
+    async def _restored(self, guest: Guest) -> str:
+        """A guest out of a file: QEMU may have it whole, if it reads the file by itself."""
+        await self.until_over()
+        if self.qemu_status == "none":
+            return "nothing of it had been loaded; its QEMU still waits"
+        if self.qemu_status != "completed":
+            self.saved = Settings()
+            await guest.quit()
+            return "its file was not read to the end, and its QEMU was ended"
+        if self._entry.get("run", True) and await guest.query_status() != "running":
+            await guest.cont()
+        return "it was restored"

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from ..channels.file_streams import pour_in
 from ..channels.pump import SEND_BUFFER
@@ -29,7 +28,6 @@ from ..channels.saved_files import SavedFile
 from ..errors import (
     DeadlineError,
     FileError,
-    GuestError,
     GuestGone,
     MigrationError,
     PreflightError,
@@ -64,11 +62,12 @@ class Restoring(Filing):
     """One guest on its way out of a file."""
 
     too_late = "the guest is here"
+    not_now = "the guest is not being loaded yet, or is here already"
 
     def __init__(
         self, services: Services, record: Record, path: Path, options: RestoreOptions
     ) -> None:
-        super().__init__(services, record)
+        super().__init__(services, record, path)
         self._options = options
         self._file = SavedFile(path)
         head = self._file.head
@@ -79,50 +78,16 @@ class Restoring(Filing):
             "size": head.offset + head.length,
             "on-disk": os.fstat(self._file.descriptor).st_blocks * 512,
         }
-        self._loading = False
         self._pid: int | None = None
         self._poured_in = 0
         self._already = 0
-        self._broken: BaseException | None = None
-
-    async def begin(self) -> None:
-        """Do it all.  Never raises: how it ended is in the record."""
-        error: QmigdError | None = None
-        try:
-            await self._restore()
-        except QmigdError as failure:
-            error = failure
-        except Exception:
-            log.failure("restore {id} of guest {guest}", id=self.record.id, guest=self.record.guest)
-            error = MigrationError("qmigd itself failed; its log says where", code="internal")
-        await self._settle(error)
-
-    async def set_tunables(self, tunables: Mapping[str, Any]) -> None:
-        """Set migration parameters while it runs.
-
-        :raises MigrationError: it does not.
-        """
-        if not self._loading:
-            raise MigrationError("the guest is not being loaded yet, or is here already")
-        await self.set_up(Settings({}, tunables))
-        self._note()
-        self.record.tunables = {**self.record.tunables, **tunables}
 
     # the guest out of the file
 
-    async def _restore(self) -> None:
+    async def carry_out(self) -> None:
         head, file = self._file.head, self._file
-        self.record.update(step="waiting for the guest's QEMU")
-        guest = await self.services.guests.waiting(self.record.guest, self.record.id)
-        self.guest = guest
-        await self.attach(guest)
-        examined = await guest.examine()
-        if examined.status != "inmigrate":
-            raise GuestError(
-                f"guest {guest.name} does not wait to be restored, it is {examined.status}; "
-                f"start its QEMU with -incoming defer",
-                code="guest-not-waiting",
-            )
+        guest = await self.find_waiting(self.record.guest)
+        examined = await self.take_waiting(guest, "to be restored")
         facts = examined.facts
         self._compare(head.guest, examined.description)
         tunables = self._options.tunables
@@ -137,10 +102,10 @@ class Restoring(Filing):
                 self.work(file.descriptor, "verify", lambda own: file.verify(own, self._stop))
             )
         self.remember(chosen.settings, facts)
-        self._note()
+        self.note()
         await self.set_up(chosen.settings)
         self.record.update(step="loading RAM")
-        self._loading = True
+        self._moving = True
         await guest.stop()
         if head.format == MAPPED_RAM:
             name = await self.lend(file, facts)
@@ -160,7 +125,7 @@ class Restoring(Filing):
         """See that the guest that was saved fits into the one that waits."""
         if found := preflight.differences(saved, here):
             raise PreflightError(
-                f"the guest that was saved in {self._file.path} (the source) and guest "
+                f"the guest that was saved in {self.path} (the source) and guest "
                 f"{self.record.guest} here do not fit together, and no RAM has been read: "
                 + "; ".join(found)
             )
@@ -182,18 +147,11 @@ class Restoring(Filing):
                 moved=self._count,
             )
 
-        self.work(self._file.descriptor, "restore", pour).addBoth(self._poured, ours)
+        self.work(self._file.descriptor, "restore", pour).addBoth(self.poured, ours)
         return its
 
     def _count(self, size: int) -> None:
         self._poured_in += size
-
-    def _poured(self, result: Any, ours: socket.socket) -> None:
-        """QEMU has been given all, or the file is no good."""
-        self._broken = result.value if isinstance(result, Failure) else None
-        # Not before: QEMU fails where the stream ends early, and would say no more than that.
-        ours.close()
-        self.wake()
 
     async def _watch(self) -> None:
         """Follow QEMU until the guest is loaded.
@@ -205,14 +163,14 @@ class Restoring(Filing):
         since = self.now()
         while True:
             status = await self._status()
-            self._raise_if_broken()
+            self.raise_if_broken()
             self.raise_if_cancelled()
             if status == "completed":
                 return
             if status in OVER:
                 reason = await self.reason()
-                self._raise_if_broken()
-                raise FileError(f"QEMU could not load {self._file.path}: {reason}")
+                self.raise_if_broken()
+                raise FileError(f"QEMU could not load {self.path}: {reason}")
             if (now := self._read()) != moved:
                 moved, since = now, self.now()
                 if moved is not None:
@@ -226,13 +184,6 @@ class Restoring(Filing):
                 )
             await self.rest()
 
-    def _raise_if_broken(self) -> None:
-        """Give up where the file itself could not be read; QEMU would only say that it ended."""
-        if isinstance(self._broken, QmigdError):
-            raise FileError(f"{self._file.path}: {self._broken.text}")
-        if self._broken is not None:
-            raise self._broken
-
     async def _status(self) -> str:
         """How far QEMU is; it answers nothing while it reads RAM out of a file by itself."""
         try:
@@ -240,9 +191,9 @@ class Restoring(Filing):
         except DeadlineError:
             return self.qemu_status
         except GuestGone:
-            self._raise_if_broken()
+            self.raise_if_broken()
             raise FileError(
-                f"QEMU ended while it loaded {self._file.path}; what it has printed says why"
+                f"QEMU ended while it loaded {self.path}; what it has printed says why"
             ) from None
 
     def _read(self) -> int | None:
@@ -264,7 +215,7 @@ class Restoring(Filing):
 
     # the end
 
-    async def _settle(self, error: QmigdError | None) -> None:
+    async def settle(self, error: QmigdError | None) -> None:
         step = "restored; it runs here" if self._file.head.run else "restored; it is paused here"
         self._stop.set()
         self.cut_stream()
@@ -281,7 +232,7 @@ class Restoring(Filing):
             log.warn(
                 "guest {guest} was not restored from {path}: {error}; {step}",
                 guest=self.record.guest,
-                path=self._file.path,
+                path=self.path,
                 error=error.text,
                 step=step,
             )
@@ -296,7 +247,7 @@ class Restoring(Filing):
             if self._settled:
                 return "the guest is here, but could not be let run"
             launched = self.services.guests.launched_for(guest, self.record.id)
-            if not self._loading and not launched:
+            if not self._moving and not launched:
                 return "not here; its QEMU is as it was"
             self.saved = Settings()
             await guest.quit()
@@ -306,5 +257,5 @@ class Restoring(Filing):
             return f"not here; its QEMU could not be ended: {second.text}"
         return "not here; its QEMU was ended"
 
-    def _note(self) -> None:
-        self.put_down("receiving", file=str(self._file.path), run=self._file.head.run)
+    def note(self) -> None:
+        self.put_down("receiving", file=str(self.path), run=self._file.head.run)

@@ -23,14 +23,13 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from .. import __version__
 from ..channels.file_streams import pour_out
 from ..channels.pump import SEND_BUFFER
 from ..channels.saved_files import NewFile, checksum, sync
 from ..errors import DeadlineError, FileError, MigrationError, QmigdError
-from ..interfaces import MAPPED_RAM, ZSTD, Guest, GuestFacts, Settings
+from ..interfaces import MAPPED_RAM, ZSTD, Guest, GuestFacts
 from ..transports.sockets import set_send_buffer
 from ..waiting import in_thread, together
 from ..wire.saved import NO_CHECKSUM, Head, offset_for
@@ -74,22 +73,20 @@ class Saving(Filing):
     """One guest on its way into a file."""
 
     too_late = "the guest is saved"
+    not_now = "the guest is not being saved yet, or is saved already"
 
     def __init__(
         self, services: Services, record: Record, path: Path, options: SaveOptions
     ) -> None:
-        super().__init__(services, record)
+        super().__init__(services, record, path)
         record.step = "looking at the guest"
-        self._path = path
         self._options = options
         self._file: NewFile | None = None
         self._head: Head | None = None
         self._way: Way | None = None
         self._facts: GuestFacts | None = None
         self._ran = False
-        self._started = False
         self._pouring = False
-        self._broken: BaseException | None = None
 
     async def prepare(self, guest: Guest) -> None:
         """Look at the guest, and make the file.
@@ -119,8 +116,8 @@ class Saving(Filing):
             )
             self._head = head = replace(head, offset=offset_for(head))
             self.remember(chosen.settings, facts)
-            self._note()
-            self._file = NewFile(self._path, self.record.id, replace=options.replace)
+            self.note()
+            self._file = NewFile(self.path, self.record.id, replace=options.replace)
             self._file.write_head(head)
             self._tell()
         except BaseException:
@@ -128,26 +125,9 @@ class Saving(Filing):
             self._leave()
             raise
 
-    async def begin(self) -> None:
-        """Do it all.  Never raises: how it ended is in the record."""
-        error: QmigdError | None = None
-        try:
-            await self._save()
-            await self._finish()
-        except QmigdError as failure:
-            error = failure
-        except Exception:
-            log.failure("save {id} of guest {guest}", id=self.record.id, guest=self.record.guest)
-            error = MigrationError("qmigd itself failed; its log says where", code="internal")
-        await self._settle(error)
-
-    async def set_tunables(self, tunables: Mapping[str, Any]) -> None:
-        """Set migration parameters while it runs."""
-        if not self._started:
-            raise MigrationError("the guest is not being saved yet, or is saved already")
-        await self.set_up(Settings({}, tunables))
-        self._note()
-        self.record.tunables = {**self.record.tunables, **tunables}
+    async def carry_out(self) -> None:
+        await self._save()
+        await self._finish()
 
     # the guest into the file
 
@@ -159,7 +139,7 @@ class Saving(Filing):
         self.raise_if_cancelled()
         await self.set_up(chosen.settings)
         self.record.update(step="saving RAM")
-        self._started = True
+        self._moving = True
         if self._ran and not self._options.live:
             # One pass, that is sure to end, and no page twice in a stream.
             await guest.stop()
@@ -170,7 +150,7 @@ class Saving(Filing):
             await guest.migrate(self._open_stream(file, head, chosen.format == ZSTD))
         self.record.under_way()
         await self._watch()
-        self._started = False
+        self._moving = False
         if self._options.after == CONTINUE and self._ran:
             # RAM, devices and disks are of one moment.  What is left does not need it stopped.
             await self._go_on()
@@ -192,10 +172,7 @@ class Saving(Filing):
     def _poured(self, result: Any, ours: socket.socket) -> None:
         """All is in the file that QEMU has said, or no more of it can be."""
         self._pouring = False
-        self._broken = result.value if isinstance(result, Failure) else None
-        # Not before: QEMU fails if it still writes, and would say no more than that.
-        ours.close()
-        self.wake()
+        self.poured(result, ours)
 
     async def _watch(self) -> None:
         """Follow QEMU until all is written.
@@ -205,13 +182,13 @@ class Saving(Filing):
         stall = self.services.deadlines.stall
         while True:
             status = await self.look()
-            self._raise_if_broken()
+            self.raise_if_broken()
             self.raise_if_cancelled()
             if status == "completed" and not self._pouring:
                 return
             if status in OVER and status != "completed":
                 raise FileError(
-                    f"QEMU could not save guest {self.record.guest} to {self._path}: "
+                    f"QEMU could not save guest {self.record.guest} to {self.path}: "
                     f"{await self.reason()}"
                 )
             if self.stalled_for() > stall:
@@ -221,12 +198,6 @@ class Saving(Filing):
                 )
             self._tell()
             await self.rest()
-
-    def _raise_if_broken(self) -> None:
-        if isinstance(self._broken, QmigdError):
-            raise FileError(f"{self._path}: {self._broken.text}")
-        if self._broken is not None:
-            raise self._broken
 
     # the file onto the disk
 
@@ -260,7 +231,7 @@ class Saving(Filing):
         file, head, chosen = self._file, self._head, self._way
         assert file is not None and head is not None and chosen is not None
         self.record.file = {
-            "path": str(self._path),
+            "path": str(self.path),
             "format": chosen.format,
             "features": list(chosen.features),
             "size": file.size,
@@ -269,12 +240,12 @@ class Saving(Filing):
 
     # the end
 
-    async def _settle(self, error: QmigdError | None) -> None:
+    async def settle(self, error: QmigdError | None) -> None:
         step = "saved"
         lingers = False
         if error is not None:
             # First: from here on a daemon that dies has to let the guest run on in any case.
-            self._note(given_up=True)
+            self.note(given_up=True)
             self._close()
             try:
                 step = await self._bring_back()
@@ -296,7 +267,7 @@ class Saving(Filing):
             log.warn(
                 "guest {guest} was not saved to {path}: {error}; {step}",
                 guest=self.record.guest,
-                path=self._path,
+                path=self.path,
                 error=error.text,
                 step=step,
             )
@@ -309,7 +280,7 @@ class Saving(Filing):
 
         :raises DeadlineError: QEMU does not end it in time.
         """
-        if self._started:
+        if self._moving:
             await self.end_migration()
         return await self._go_on()
 
@@ -356,12 +327,12 @@ class Saving(Filing):
         self.let_go()
         self.services.journal.forget(self.record.id, "source")
 
-    def _note(self, *, given_up: bool = False) -> None:
+    def note(self, *, given_up: bool = False) -> None:
         """Put down what a daemon has to know that finds the save interrupted.
 
         A file that has lost its temporary name has got its own, unless it was given up.
         """
         more: dict[str, Any] = {"was-running": self._ran}
         if not given_up:
-            more["file"] = str(NewFile.place(self._path, self.record.id))
+            more["file"] = str(NewFile.place(self.path, self.record.id))
         self.put_down("saving", **more)

@@ -63,8 +63,7 @@ class Settling(Proposing):
             if self._peer is Peer.UNKNOWN:
                 await deferLater(self.services.reactor, LOOK)
 
-    async def _settle(self, error: QmigdError | None) -> None:
-        """Leave both hosts in order, whatever happened."""
+    async def settle(self, error: QmigdError | None) -> None:
         step = "moved"
         if error is not None:
             step = await self._recover(error)

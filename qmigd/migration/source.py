@@ -84,20 +84,12 @@ class Outgoing(Settling):
 
     # what the daemon's commands call
 
-    async def begin(self) -> None:
-        """Do it all.  Never raises: how it ended is in the record."""
-        error: QmigdError | None = None
-        try:
-            await self._move(await self.negotiate())
-        except QmigdError as failure:
-            error = failure
-        except Exception:
-            log.failure(
-                "migration {id} of guest {guest}", id=self.record.id, guest=self.record.guest
-            )
-            error = MigrationError("qmigd itself failed; its log says where", code="internal")
+    async def carry_out(self) -> None:
+        await self._move(await self.negotiate())
+
+    async def settle(self, error: QmigdError | None) -> None:
         await self._end_switch()
-        await self._settle(error)
+        await super().settle(error)
         self.services.requests.forget(self.record.id)
 
     async def probe(self, guest: Guest) -> Plan:
@@ -230,9 +222,7 @@ class Outgoing(Settling):
         await self._tuning.run(lambda: Deferred.fromCoroutine(self._tune(tunables)))
 
     async def _tune(self, tunables: Mapping[str, Any]) -> None:
-        await self.set_up(Settings({}, tunables))
-        self._note(self._stage)
-        self.record.tunables = {**self.record.tunables, **tunables}
+        await self.tune(tunables, lambda: self._note(self._stage))
 
     # the move
 

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from twisted.internet import tcp
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.error import ConnectError
 from twisted.internet.interfaces import (
     IAddress,
     IDelayedCall,
@@ -38,6 +38,7 @@ from twisted.internet.interfaces import (
 from zope.interface import implementer
 
 from qmigd.errors import ArgumentError, MigrationError, NoChannel, QmigdError
+from qmigd.transports.adopting import adopt
 from qmigd.transports.vsock import LOCAL_CID
 
 __all__ = [
@@ -45,7 +46,6 @@ __all__ = [
     "ChannelRequests",
     "DescriptorAddress",
     "FdAddress",
-    "adopt",
     "checked",
     "is_local",
 ]
@@ -151,30 +151,6 @@ class DescriptorAddress:
 
     def __str__(self) -> str:
         return "fd:"
-
-
-class _Adopted(tcp.Connection):
-    """A connected stream socket in the reactor's hands, of any family."""
-
-    def __init__(self, sock: socket.socket, protocol: Any, reactor: Any) -> None:
-        super().__init__(sock, protocol, reactor)
-        self.connected = 1
-        self.logstr = self._getLogPrefix(protocol)
-        self.startReading()
-
-    def getHost(self) -> DescriptorAddress:
-        return DescriptorAddress()
-
-    def getPeer(self) -> DescriptorAddress:
-        return DescriptorAddress()
-
-
-def adopt(reactor: Any, sock: socket.socket, factory: IProtocolFactory) -> IProtocol:
-    """Give a connected socket to a protocol, as if it had been connected or accepted here."""
-    protocol = factory.buildProtocol(DescriptorAddress())
-    assert protocol is not None
-    protocol.makeConnection(_Adopted(sock, protocol, reactor))
-    return protocol
 
 
 # What is asked for.
@@ -388,4 +364,10 @@ class _Endpoint:
         self._address = address
 
     def connect(self, factory: IProtocolFactory) -> Deferred[IProtocol]:
-        return self._address.ask().addCallback(lambda sock: adopt(self._reactor, sock, factory))
+        def take(sock: socket.socket) -> IProtocol:
+            protocol = adopt(self._reactor, sock, factory, DescriptorAddress())
+            if protocol is None:
+                raise ConnectError(string="nobody wants the connection")
+            return protocol
+
+        return self._address.ask().addCallback(take)

@@ -1,7 +1,6 @@
 """vsock(7): connections between a virtual machine and what it runs on, without a network.
 
-Twisted knows no such addresses; its transport for streams is content with any connected
-socket, though, so that only what makes the sockets, and says whose they are, is here.
+Twisted knows no such addresses; here is what makes the sockets, and says whose they are.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from twisted.internet import error, tcp
+from twisted.internet import error
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import (
@@ -27,6 +26,8 @@ from twisted.internet.interfaces import (
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from qmigd.transports.adopting import adopt
 
 __all__ = [
     "ANY_CID",
@@ -58,31 +59,10 @@ class VsockPeer:
         return f"vsock:{self.cid}:{self.port}"
 
 
-class _Connection(tcp.Connection):
-    """A transport on a connected socket."""
-
-    def __init__(self, sock: socket.socket, protocol: IProtocol, reactor: Any) -> None:
-        super().__init__(sock, protocol, reactor)
-        self._names = VsockPeer(*sock.getsockname()), VsockPeer(*sock.getpeername())
-        self.logstr = f"{protocol.__class__.__name__},{self._names[1]}"
-        self.connected = 1
-        self.startReading()
-
-    def getHost(self) -> VsockPeer:
-        return self._names[0]
-
-    def getPeer(self) -> VsockPeer:
-        return self._names[1]
-
-
 def _begin(sock: socket.socket, factory: IProtocolFactory, reactor: Any) -> IProtocol | None:
     """Give a connected socket to a protocol, or close it if nobody wants it."""
-    protocol: IProtocol | None = factory.buildProtocol(VsockPeer(*sock.getpeername()))
-    if protocol is None:
-        sock.close()
-    else:
-        protocol.makeConnection(_Connection(sock, protocol, reactor))
-    return protocol
+    host, peer = VsockPeer(*sock.getsockname()), VsockPeer(*sock.getpeername())
+    return adopt(reactor, sock, factory, peer, host)
 
 
 @implementer(IStreamClientEndpoint)
