@@ -99,6 +99,56 @@ class DescribeTests(RigCase):
         for described in seen[1:]:
             self.assertEqual(described, seen[0])
 
+    async def looked(self, held: QemuGuest) -> tuple[Any, list[str]]:
+        """Look at a guest; returns its description, and the commands that this took."""
+        await held.attach()
+        asked: list[str] = []
+        send = held.client._send
+
+        def noted(key: str, command: str, *more: Any) -> Any:
+            asked.append(command)
+            return send(key, command, *more)
+
+        self.patch(held.client, "_send", noted)
+        try:
+            return (await held.examine()).description, asked
+        finally:
+            held.detach()
+
+    async def test_second_look(self) -> None:
+        """What cannot have changed is not asked again, and what has changed is found."""
+        guest = self.guest(require("10.0"), "guest", extra=("-m", "64,slots=2,maxmem=256M")).start()
+        held = QemuGuest(reactor, guest.name, f"unix:{guest.qmp_path}")
+        first, asked = await self.looked(held)
+        again, fewer = await self.looked(held)
+        self.assertEqual(again, first)
+        self.assertLess(len(fewer), len(asked) - 6)
+        self.assertNotIn("query-cpus-fast", fewer)
+
+        backend: dict[str, Any] = {"qom-type": "memory-backend-ram", "id": "more"}
+        guest.qmp("object-add", size=1 << 26, **backend)
+        guest.qmp("device_add", driver="pc-dimm", id="dimm", memdev="more")
+        plugged, _ = await self.looked(held)
+        self.assertIn({"name": "more", "size": 1 << 26}, plugged["ram-blocks"])
+        self.assertIn({"type": "pc-dimm", "id": "dimm"}, plugged["devices"])
+        self.assertEqual(plugged["memory"], first["memory"])
+
+    async def test_another_in_its_place(self) -> None:
+        """What was found out about a QEMU is not believed of the next one on the same socket."""
+        one = self.guest(require("10.0"), "guest").start()
+        held = QemuGuest(reactor, one.name, f"unix:{one.qmp_path}")
+        first, _ = await self.looked(held)
+        path = one.qmp_path
+        one.close()
+        uuid = "8f1b9a4e-0b1f-4c5e-9d3e-0d4c8c1a7b11"
+        other = self.guest(require("7.2"), "other", extra=("-uuid", uuid, "-smp", "2")).start()
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.symlink(other.qmp_path, path)
+        self.addCleanup(os.unlink, path)
+        second, _ = await self.looked(held)
+        self.assertEqual((first["cpus"], second["cpus"]), (1, 2))
+        self.assertEqual(second["uuid"], uuid)
+
     async def test_contents(self) -> None:
         """What a person would name is there under the name that a person gave it."""
         described = await self.described("7.2", incoming=False, extra=DEVICES)

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 
 from ..api import nearest
 from ..errors import DeadlineError, GuestBusy, GuestError, GuestGone, GuestNotFound
 from ..guests.launch import Launcher
-from ..guests.qemu import QemuGuest
+from ..guests.qemu import Known, QemuGuest
 from ..interfaces import Guest
 from ..migration.move import OVER
 from ..waiting import with_deadline
 from .config import GuestConfig
 
 __all__ = ["GuestRegistry"]
+
+log = Logger()
 
 #: Seconds that a guest may still be in the hands of a migration that is just ending.
 SETTLING = 1.0
@@ -33,6 +36,8 @@ class _Entry:
     config: GuestConfig
     configured: bool
     launcher: Launcher | None = None
+    #: What one look at its QEMU has found for the next.
+    known: Known = field(default_factory=Known)
     #: The migration that has it, and the object through which it does.
     migration: str | None = None
     guest: QemuGuest | None = None
@@ -91,7 +96,29 @@ class GuestRegistry:
         for name, entry in self._entries.items():
             if entry.qmp == f"unix:{config.qmp}":
                 raise GuestBusy(f"unix:{config.qmp} is the QMP socket of guest '{name}'")
-        self._entries[config.name] = _Entry(config, False)
+        self._entries[config.name] = entry = _Entry(config, False)
+        Deferred.fromCoroutine(self._get_to_know(entry))
+
+    async def _get_to_know(self, entry: _Entry) -> None:
+        """Look at a guest before anything is wanted of it: what is known then takes no time later.
+
+        Never raises: its QEMU may come later than its name.
+        """
+        name = entry.config.name
+        try:
+            async with self._held(entry) as guest:
+                examined = await guest.examine()
+        except GuestError as error:
+            log.warn("guest {name} was added, but {error}", name=name, error=error.text)
+            return
+        facts = examined.facts
+        log.info(
+            "guest {name} was added: {machine} in QEMU {version}, {status}",
+            name=name,
+            machine=facts.machine or "a machine",
+            version=".".join(map(str, facts.version)),
+            status=examined.status,
+        )
 
     def remove(self, name: str) -> None:
         """Forget a guest that was registered at run time.
@@ -279,7 +306,13 @@ class GuestRegistry:
             raise GuestNotFound(self.unknown(name)) from None
 
     def _guest(self, entry: _Entry) -> QemuGuest:
-        return QemuGuest(self._reactor, entry.config.name, entry.qmp, deadline=self._deadline)
+        return QemuGuest(
+            self._reactor,
+            entry.config.name,
+            entry.qmp,
+            deadline=self._deadline,
+            known=entry.known,
+        )
 
     def _check_free(self, entry: _Entry) -> None:
         if entry.migration is not None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from qmigd.interfaces import Process
 
-__all__ = ["filesystems", "look", "peer"]
+__all__ = ["filesystems", "look", "peer", "started"]
 
 #: What SO_PEERCRED tells: pid, uid and gid.
 _UCRED = struct.Struct("3i")
@@ -49,6 +49,19 @@ def peer(transport: Any) -> int | None:
         return None
     pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return int(pid) or None
+
+
+def started(pid: int) -> int | None:
+    """Return when a process was started, in clock ticks since the host's start.
+
+    With its number that tells it from all others, earlier and later.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name, in parentheses, may have anything in it (proc(5): starttime is field 22).
+    return int(text.rpartition(")")[2].split()[19])
 
 
 def look(pid: int, thread: int) -> Process | None:

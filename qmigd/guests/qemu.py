@@ -25,7 +25,7 @@ from qmigd.interfaces import Examined, GuestFacts, Settings, Tunable
 from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal, connect
 from qmigd.waiting import together
 
-__all__ = ["GONE", "QemuGuest"]
+__all__ = ["GONE", "Known", "QemuGuest"]
 
 #: The event that :meth:`QemuGuest.watch` has beside QEMU's own.
 GONE = "QMIGD_GONE"
@@ -44,7 +44,25 @@ _UNKNOWN: set[tuple[str, str]] = set()
 
 Watcher = Callable[[str, dict[str, Any]], None]
 
+#: A process: its number, and when it was started.
+_Identity = tuple[int, int]
+
 _log = Logger()
+
+
+class Known:
+    """What was found out about a guest, for as long as the same process has it."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[_Identity, describe.Lasting] | None = None
+
+    def keep(self, identity: _Identity | None, lasting: describe.Lasting) -> None:
+        """Keep it for the next look."""
+        self._kept = None if identity is None else (identity, lasting)
+
+    def of(self, identity: _Identity | None) -> describe.Lasting | None:
+        """What is known of a process; ``None``: nothing."""
+        return self._kept[1] if self._kept is not None and self._kept[0] == identity else None
 
 
 class QemuGuest:
@@ -53,12 +71,20 @@ class QemuGuest:
     backend = "qemu"
 
     def __init__(
-        self, reactor: Any, name: str, qmp: str, *, deadline: float = COMMAND_DEADLINE
+        self,
+        reactor: Any,
+        name: str,
+        qmp: str,
+        *,
+        deadline: float = COMMAND_DEADLINE,
+        known: Known | None = None,
     ) -> None:
         """:param name: the guest's name in qmigd.
         :param qmp: where its QMP is, ``unix:PATH`` or ``tcp:HOST:PORT``.
         :param deadline: seconds that each command has.
+        :param known: what was found out about it before.
         """
+        self._known = known or Known()
         self.name = name
         self.qmp = qmp
         self._reactor = reactor
@@ -131,23 +157,27 @@ class QemuGuest:
 
     async def examine(self) -> Examined:
         client = self.client
+        pid = process.peer(client.transport)
+        began = process.started(pid) if pid else None
+        identity = (pid, began) if pid and began else None
         # All at once: QEMU answers in order, and nobody waits in between.
         described, types, parameters, status = await together(
             [
-                Deferred.fromCoroutine(describe.describe(client)),
+                Deferred.fromCoroutine(describe.describe(client, self._known.of(identity))),
                 Deferred.fromCoroutine(builds.types(client)),
                 client.execute("query-migrate-parameters"),
                 client.execute("query-status"),
             ]
         )
         version = client.greeting["version"]["qemu"]
-        body, thread = described.body, described.thread
-        pid = process.peer(client.transport)
-        seen = process.look(pid, thread) if pid and thread else None
-        ram = described.ram
-        if seen is not None and described.files:
-            kinds = process.filesystems(seen.pid, described.files)
-            ram = tuple(replace(block, filesystem=kinds.get(block.name)) for block in ram)
+        body, lasting = described.body, described.lasting
+        seen = process.look(pid, lasting.thread) if pid and lasting.thread else None
+        ram = lasting.ram
+        if seen is not None:
+            self._known.keep(identity, lasting)
+            if lasting.files:
+                kinds = process.filesystems(seen.pid, lasting.files)
+                ram = tuple(replace(block, filesystem=kinds.get(block.name)) for block in ram)
         facts = GuestFacts(
             name=self.name,
             backend=self.backend,
