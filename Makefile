@@ -58,7 +58,10 @@ clean:
 
 # -- set-up ---------------------------------------------------------------------
 
+# Compiled even where Python is told to leave nothing behind (PYTHONDONTWRITEBYTECODE): the
+# tests start a thousand daemons, some of them on an emulated CPU.
 setup: $(VENV)/.qmigd
+	@$(BIN)/python -m compileall -q qmigd tests
 
 qemus: setup
 	@$(HOST) qemu-system-x86_64 ip
