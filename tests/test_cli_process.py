@@ -24,6 +24,11 @@ from .management import MIGRATION, ManagementTestCase, Scripted, entry
 
 ROOT = Path(__file__).parents[1]
 
+GUEST = {
+    "name": "web1", "backend": "qemu", "qmp": "unix:/q", "launch": False,
+    "configured": True, "state": "running",
+}  # fmt: skip
+
 
 class Running(ProcessProtocol):
     """A process whose output is kept."""
@@ -70,10 +75,7 @@ class QmigctlTestCase(ManagementTestCase):
 class ListTests(QmigctlTestCase):
     async def test_guests(self) -> None:
         """A list is printed as a table, or with --json as the daemon gave it."""
-        answer = [
-            {"name": "web1", "backend": "qemu", "qmp": "unix:/q", "launch": False,
-             "configured": True, "state": "running"}
-        ]  # fmt: skip
+        answer = [GUEST]
         self.operations.answers["query-guests"] = answer
         self.assertEqual(
             (0, "GUEST  STATE    QMP\nweb1   running  unix:/q\n", ""), await self.run_("guests")
@@ -82,6 +84,24 @@ class ListTests(QmigctlTestCase):
         self.assertEqual((0, answer, ""), (code, json.loads(out), err))
         code, out, err = await self.run_("--json", "guests")
         self.assertEqual((0, answer, ""), (code, json.loads(out), err))
+
+    async def test_added(self) -> None:
+        """A guest that is registered is shown as it is, or why it cannot be looked at."""
+        self.operations.answers["guest-add"] = GUEST
+        self.assertEqual(
+            (0, "web1 is registered; it is running.\n", ""),
+            await self.run_("guest-add", "web1", "unix:/q"),
+        )
+        gone = {**GUEST, "state": "unreachable", "reason": "cannot reach a QEMU on unix:/q: gone"}
+        self.operations.answers["guest-add"] = gone
+        self.assertEqual(
+            (
+                0,
+                "web1 is registered, but unreachable: cannot reach a QEMU on unix:/q: gone\n",
+                "",
+            ),
+            await self.run_("guest-add", "web1", "unix:/q"),
+        )
 
     async def test_socket(self) -> None:
         """The socket can be named before and after the command, as a URI or as a path."""
@@ -103,6 +123,7 @@ class ListTests(QmigctlTestCase):
                 "migrate": {"id": MIGRATION},
                 "save": {"id": MIGRATION},
                 "restore": {"id": MIGRATION},
+                "guest-add": GUEST,
             }
         )
         for words, command, arguments in (

@@ -102,8 +102,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "It is forgotten when the daemon ends. A guest that the daemon is to know "
                 "always, or a QEMU that the daemon is to start itself, belongs in the "
                 "configuration file. To receive a guest, start a QEMU with `-incoming defer` "
-                "and register it here. The daemon looks at it once, for the log and so that a "
-                "migration begins sooner; that its QEMU cannot be reached yet is no error.",
+                "and register it here. The daemon takes a first look at it, so that a migration "
+                "begins sooner; that its QEMU cannot be reached yet is no error, but shown.",
                 (
                     Member("name", STR, "what the commands are to call the guest."),
                     Member(
@@ -113,6 +113,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                         "`-qmp unix:/path,server=on,wait=off`.",
                     ),
                 ),
+                returns=GUEST,
                 errors=(("guest-busy", "There is a guest of that name already."),),
             ),
             Command(

@@ -229,7 +229,10 @@ async def _set(session: Session) -> Exit:
 async def _guest_add(session: Session) -> Exit:
     options = session.options
     answer = await session.ask("guest-add", name=options.name, qmp=options.qmp)
-    session.print(answer, f"{options.name} is registered.")
+    state = f"{options.name} is registered; it is {answer['state']}."
+    if reason := answer.get("reason"):
+        state = f"{options.name} is registered, but {answer['state']}: {reason}"
+    session.print(answer, state)
     return Exit.OK
 
 

@@ -67,8 +67,8 @@ class Commands(ChannelCommands):
     async def query_guests(self) -> list[dict[str, Any]]:
         return await self._guests.query()
 
-    async def guest_add(self, name: str, qmp: str) -> None:
-        self._guests.add(guest_config(name, qmp))
+    async def guest_add(self, name: str, qmp: str) -> dict[str, Any]:
+        return await self._guests.add(guest_config(name, qmp))
 
     async def guest_remove(self, name: str) -> None:
         self._guests.remove(name)

@@ -86,9 +86,12 @@ class GuestRegistry:
 
     # for the management commands
 
-    def add(self, config: GuestConfig) -> None:
-        """Register a QEMU that runs.
+    async def add(self, config: GuestConfig) -> dict[str, Any]:
+        """Register a QEMU that runs, and take a first look at it.
 
+        What that finds takes no time any more when a migration is to begin.
+
+        :return: what :meth:`query` has of it.
         :raises GuestBusy: there is a guest of that name, or with that QMP socket.
         """
         if config.name in self._entries:
@@ -97,28 +100,13 @@ class GuestRegistry:
             if entry.qmp == f"unix:{config.qmp}":
                 raise GuestBusy(f"unix:{config.qmp} is the QMP socket of guest '{name}'")
         self._entries[config.name] = entry = _Entry(config, False)
-        Deferred.fromCoroutine(self._get_to_know(entry))
-
-    async def _get_to_know(self, entry: _Entry) -> None:
-        """Look at a guest before anything is wanted of it: what is known then takes no time later.
-
-        Never raises: its QEMU may come later than its name.
-        """
-        name = entry.config.name
-        try:
-            async with self._held(entry) as guest:
-                examined = await guest.examine()
-        except GuestError as error:
-            log.warn("guest {name} was added, but {error}", name=name, error=error.text)
-            return
-        facts = examined.facts
+        shown = await self._shown(entry, closely=True)
         log.info(
-            "guest {name} was added: {machine} in QEMU {version}, {status}",
-            name=name,
-            machine=facts.machine or "a machine",
-            version=".".join(map(str, facts.version)),
-            status=examined.status,
+            "guest {name} was added: {what}",
+            name=config.name,
+            what=shown.get("reason", shown["state"]),
         )
+        return shown
 
     def remove(self, name: str) -> None:
         """Forget a guest that was registered at run time.
@@ -134,29 +122,34 @@ class GuestRegistry:
 
     async def query(self) -> list[dict[str, Any]]:
         """The answer to ``query-guests``."""
-        answer = []
-        for name, entry in list(self._entries.items()):
-            shown: dict[str, Any] = {
-                "name": name,
-                "backend": QemuGuest.backend,
-                "qmp": entry.qmp,
-                "launch": entry.launcher is not None,
-                "configured": entry.configured,
-            }
-            state, reason = await self._state(entry)
-            shown["state"] = state
-            if reason:
-                shown["reason"] = reason
-            if entry.migration is not None:
-                shown["migration"] = entry.migration
-            answer.append(shown)
-        return answer
+        return [await self._shown(entry) for entry in list(self._entries.values())]
 
-    async def _state(self, entry: _Entry) -> tuple[str, str]:
+    async def _shown(self, entry: _Entry, *, closely: bool = False) -> dict[str, Any]:
+        shown: dict[str, Any] = {
+            "name": entry.config.name,
+            "backend": QemuGuest.backend,
+            "qmp": entry.qmp,
+            "launch": entry.launcher is not None,
+            "configured": entry.configured,
+        }
+        shown["state"], reason = await self._state(entry, closely=closely)
+        if reason:
+            shown["reason"] = reason
+        if entry.migration is not None:
+            shown["migration"] = entry.migration
+        return shown
+
+    async def _state(self, entry: _Entry, *, closely: bool = False) -> tuple[str, str]:
+        """The state of a guest, and why it could not be read.
+
+        :param closely: the whole of the guest is looked at.
+        """
         if entry.launcher is not None and not await entry.launcher.running():
             return "not-started", ""
         try:
             async with self._held(entry) as guest:
+                if closely:
+                    return (await guest.examine()).status, ""
                 return await guest.query_status(), ""
         except GuestBusy as error:
             return "busy", error.text
