@@ -47,14 +47,9 @@ def decode_object(data: bytes, what: str) -> dict[str, Any]:
     if marks > MAX_JSON_MARKS:
         raise _bad(what, f"it has more than {MAX_JSON_MARKS} commas and opening brackets")
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_number,
-            parse_constant=_constant,
-        )
-        _check(value)
+        text = data.decode("utf-8")
+        value = _decode(text)
+        _check(value, text)
     except UnicodeError as error:
         raise _bad(what, "it is not UTF-8") from error
     except RecursionError as error:
@@ -96,16 +91,28 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check(value: Any) -> None:
+_decode = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_int=_integer,
+    parse_float=_number,
+    parse_constant=_constant,
+).decode
+
+
+def _check(value: Any, text: str) -> None:
     """Refuse what is nested too deeply, and text that is not Unicode."""
-    todo = [(value, 1)]
-    while todo:
-        value, depth = todo.pop()
-        if isinstance(value, str):
-            value.encode("utf-8")
-        elif isinstance(value, (dict, list)):
-            if depth > MAX_JSON_DEPTH:
-                raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
-            todo.extend((inner, depth + 1) for inner in value)
-            if isinstance(value, dict):
-                todo.extend((inner, depth + 1) for inner in value.values())
+    inside = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        inside = [
+            inner
+            for outer in inside
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not inside:
+            break
+    else:
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
+    if "\\u" in text:  # half a pair has to be escaped: as a character it is no UTF-8
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
