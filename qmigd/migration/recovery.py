@@ -15,7 +15,7 @@ from twisted.logger import Logger
 
 from ..channels.saved_files import discard
 from ..errors import GuestGone, QmigdError
-from ..interfaces import Guest, Role, Settings
+from ..interfaces import RELAY, Guest, Role, Settings
 from ..transports.programs import reach
 from ..transports.uri import InBandAddress, bare, parse_uri
 from .move import OVER, Move
@@ -85,7 +85,9 @@ class Recovery(Move):
             return "it was saved"
         if entry["stage"] == "released" and not await self._never_ran():
             return "the guest is the destination's"
-        if await self.look() not in {*OVER, "none"}:
+        # A relay has ended with the daemon.
+        broken = entry.get("path") == RELAY and await self.fails_by_itself()
+        if not broken and await self.look() not in {*OVER, "none"}:
             await guest.cancel()
         await self.until_over()
         if entry.get("baseline") and self.qemu_status == "completed":

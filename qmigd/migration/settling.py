@@ -23,9 +23,6 @@ __all__ = ["Settling"]
 
 log = Logger()
 
-#: Seconds within which a QEMU whose channels have broken has failed by itself, or hangs.
-FAILS_WITHIN = 2.0
-
 
 class Settling(Proposing):
     """A source that knows how far it has come, and how to end from there."""
@@ -160,11 +157,9 @@ class Settling(Proposing):
         if over or (self._released is Released.YES and self._peer is not Peer.NEVER_RAN):
             return
         if not isinstance(error, Cancelled) and self._path is not None:
-            # Its channels are broken, or are now, and it fails by itself.  Told to cancel at
-            # that very moment, QEMU 7.2 with multifd ends in an assertion
-            # (yank_unregister_instance), and the guest with it: 3 of 60 tries.
+            # Its channels are broken, or are now.
             self._path.close()
-            if await self.over_within(FAILS_WITHIN):
+            if await self.fails_by_itself():
                 return
         await self.end_migration()
 
@@ -196,6 +191,7 @@ class Settling(Proposing):
         self._stage = stage
         more = {
             "baseline": self.baseline,
+            "path": self.plan.path if self.plan is not None else None,
             "tls-hostname": self.hostname if self.in_tls else None,
             "secret": self.secret.hex(),
             "was-running": self.was_running,
