@@ -41,7 +41,9 @@ class RdmaCase(KernelCase, PairCase):
         """Return the source's daemon and the destination's, without guests."""
         if RdmaCase._daemons is None:
             deadlines: dict[str, Any] = {"guest_deadline": 4, "peer_deadline": 6}
-            here, there = Daemon("source's qmigd", **deadlines), Daemon("other", **deadlines)
+            here, there = (
+                Daemon(name, preloaded=True, **deadlines) for name in ("source's qmigd", "other")
+            )
             start(here, there)
             RdmaCase._daemons = here, there
         for daemon in RdmaCase._daemons:

@@ -34,7 +34,7 @@ class RigCase(TestCase):
 
     def daemon(self, name: str = "qmigd", **options: Any) -> Daemon:
         """Prepare a daemon (see :class:`Daemon`); it is not started."""
-        daemon = Daemon(name, in_band=self.in_band, **options)
+        daemon = Daemon(name, in_band=self.in_band, preloaded=True, **options)
         self._keep(daemon)
         return daemon
 

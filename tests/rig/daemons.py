@@ -95,6 +95,7 @@ class Daemon:
         python: str = sys.executable,
         prefix: Sequence[str] = (),
         in_band: bool = False,
+        preloaded: bool = False,
         **daemon: Any,
     ) -> None:
         """Prepare a daemon; :meth:`start` starts it.
@@ -107,6 +108,7 @@ class Daemon:
         :param prefix: what its command line begins with, to run it somewhere special.
         :param python: the interpreter of the environment that has qmigd.
         :param in_band: it listens for the handshake's in-band form.
+        :param preloaded: it need not load its own Python, if it runs here (see ``preloaded``).
         :param daemon: the table ``[daemon]``; ``_`` in a name stands for ``-``.
         """
         self.name = name
@@ -136,6 +138,7 @@ class Daemon:
             self.config["guest"] = {name: dict(guest) for name, guest in guests.items()}
         self.uri = (*table["listen"], "fd:")[0]
         around = namespace.prefix if namespace else ()
+        self._preloaded = preloaded and python == sys.executable and not (*around, *prefix)
         self._argv = [*around, *prefix, os.path.join(os.path.dirname(python), "twistd")]
         self._process: Process | None = None
         self._monitor: QmpClient | None = None
@@ -165,7 +168,8 @@ class Daemon:
         path = os.path.join(self.directory, "qmigd.toml")
         with open(path, "w") as file:
             file.write(to_toml(self.config))
-        self._process = Process.start(
+        begin = Process.fork if self._preloaded else Process.start
+        self._process = begin(
             [*self._argv, "--nodaemon", "--pidfile=", "qmigd", "--config", path],
             log=os.path.join(self.directory, "log"),
             directory=self.directory,

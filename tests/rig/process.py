@@ -14,6 +14,7 @@ from typing import IO
 
 from tests.rig.keeper import keep_directory, keep_process
 from tests.rig.news import DEADLINE, Hang, tell
+from tests.rig.preloaded import Child, fork
 
 __all__ = ["Process", "temporary_directory"]
 
@@ -37,7 +38,7 @@ class Process:
     :ivar pid: its number.
     """
 
-    def __init__(self, pid: int, popen: subprocess.Popen[bytes] | None = None) -> None:
+    def __init__(self, pid: int, popen: subprocess.Popen[bytes] | Child | None = None) -> None:
         """Know a process; see :meth:`start` and :meth:`adopt`."""
         self.pid = pid
         self._pidfd = os.pidfd_open(pid)
@@ -71,19 +72,35 @@ class Process:
             env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
-        self = cls(popen.pid, popen)
         assert popen.stdout is not None
-        self._copier = threading.Thread(
-            target=_copy, args=(popen.stdout, log), name=f"log {log}", daemon=True
-        )
-        self._copier.start()
-        self._watcher.start()
-        return self
+        return cls(popen.pid, popen)._logged(popen.stdout, log)
+
+    @classmethod
+    def fork(
+        cls, argv: Sequence[str], *, log: str, environment: Mapping[str, str], directory: str
+    ) -> Process:
+        """Like :meth:`start`, for a ``twistd`` that is loaded already (see ``preloaded``)."""
+        source, output = os.pipe()
+        try:
+            child = fork(
+                argv, output, directory=directory, environment={**os.environ, **environment}
+            )
+        finally:
+            os.close(output)
+        return cls(child.pid, child)._logged(open(source, "rb", buffering=0), log)
 
     @classmethod
     def adopt(cls, pid: int) -> Process:
         """Return a process that somebody else has started; its end is news."""
         self = cls(pid)
+        self._watcher.start()
+        return self
+
+    def _logged(self, source: IO[bytes], log: str) -> Process:
+        self._copier = threading.Thread(
+            target=_copy, args=(source, log), name=f"log {log}", daemon=True
+        )
+        self._copier.start()
         self._watcher.start()
         return self
 
