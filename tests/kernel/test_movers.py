@@ -1,4 +1,7 @@
-"""The movers on a kernel that has them all, and on sockets with kernel TLS on them."""
+"""The movers that not every kernel has, and all of them on sockets with kernel TLS.
+
+Every Linux splices, so that is tried on the host's own (``tests.test_channels_movers``).
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,6 @@ from tests import test_channels_movers as movers
 from tests.rig.lane import KernelCase
 from tests.rig.tls_records import sessions
 from tests.test_channels_pump import pattern, read_all, write_all
-
-
-class SpliceTests(KernelCase, movers.SpliceTests):
-    """A pump that splices."""
-
-    may_lack = False
 
 
 class ZeroCopyTests(KernelCase, movers.ZeroCopyTests):
