@@ -37,7 +37,7 @@ class UnixTests(RigCase):
 
     def test_relay(self) -> None:
         """Several channels go through the relay, since the QEMUs have no address to meet at."""
-        plan = self.migrate()
+        plan = self.migrate(prefer=["postcopy-preempt"])
         self.assertEqual("relay", plan["path"])
         self.assertIn("not direct: the two daemons speak over a unix socket", plan["path-reason"])
 
