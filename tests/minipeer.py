@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 __all__ = ["Greeting", "Refused", "greet", "move"]
 
@@ -85,7 +85,13 @@ def move(
     return sent
 
 
-def greet(peer: socket.socket) -> Greeting:
+class Readable(Protocol):
+    """What the Greeting can be read from: a socket, or what looks like one."""
+
+    def recv(self, count: int, /) -> bytes: ...
+
+
+def greet(peer: Readable) -> Greeting:
     """Read the Greeting, and not a byte more."""
     if (magic := _exactly(peer, 12)) != MAGIC:
         raise ValueError(f"a Greeting should not begin with {magic!r}")
@@ -98,7 +104,7 @@ def _message(kind: int, body: bytes = b"") -> bytes:
     return struct.pack(">HI", kind, len(body)) + body
 
 
-def _exactly(peer: socket.socket, count: int) -> bytes:
+def _exactly(peer: Readable, count: int) -> bytes:
     data = b""
     while len(data) < count:
         piece = peer.recv(count - len(data))
@@ -108,7 +114,7 @@ def _exactly(peer: socket.socket, count: int) -> bytes:
     return data
 
 
-def _string(peer: socket.socket) -> str:
+def _string(peer: Readable) -> str:
     return _exactly(peer, _exactly(peer, 1)[0]).decode("ascii")
 
 

@@ -14,14 +14,16 @@ from twisted.trial.unittest import SynchronousTestCase
 from qmigd.channels.inband import InBand
 from qmigd.channels.secured import Secured
 from qmigd.errors import ProtocolError
-from qmigd.handshake import DestinationHandshake, SourceHandshake
-from qmigd.handshake.events import Event, GuestDescribed
+from qmigd.handshake import ChannelHandshake, DestinationHandshake, SourceHandshake
+from qmigd.handshake.events import Event, Failed, GuestDescribed
 from qmigd.handshake.exchange import Exchange
 from qmigd.wire.greeting import Reply
 from qmigd.wire.inband import MAX_PART, OPENING, Framing, frame
 from qmigd.wire.messages import Guest, Start
 from tests import test_channels_secured as secured_form
+from tests import test_handshake_fuzz as fuzz
 from tests import test_handshake_vectors as first_form
+from tests.test_handshake_table import ROLE, SECRET
 from tests.test_handshake_vectors import VECTORS
 
 
@@ -38,14 +40,14 @@ def unframed(data: bytes, *, by_source: bool) -> bytes:
 class Both:
     """A handshake's machine in both forms at once: what the one does, the other has to do."""
 
-    def __init__(self, machine: Exchange) -> None:
+    def __init__(self, machine: Exchange | ChannelHandshake) -> None:
         self._first = machine
-        server = machine.role == "destination"
-        if server:
-            assert isinstance(machine, DestinationHandshake)
-            twin: Exchange = DestinationHandshake(machine._greeting.features)
-        else:
-            twin = SourceHandshake()
+        server = isinstance(machine, DestinationHandshake)
+        twin: Exchange | ChannelHandshake = SourceHandshake()
+        if isinstance(machine, DestinationHandshake):
+            twin = DestinationHandshake(machine._greeting.features)
+        elif isinstance(machine, ChannelHandshake):
+            twin = ChannelHandshake(ROLE, SECRET)
         self._twin = InBand(Secured(twin, None), server=server)
         self._server = server
         self._left_out = False
@@ -71,6 +73,13 @@ class Both:
             if self._twin.wanted:
                 others += self._twin.receive(bytes([piece]))
         assert told == others, (told, others)
+        return told
+
+    def eof(self) -> list[Event]:
+        told = self._first.eof()
+        if not self._in_tls():
+            others = self._twin.eof()
+            assert told == others, (told, others)
         return told
 
     def data_to_send(self) -> bytes:
@@ -242,3 +251,68 @@ class PartsTests(SynchronousTestCase):
         source.data_to_send()
         text, _ = self.refused(source, b"QEMU-MIGRATE\1\1\0\0\0\0")
         self.assertIn("leave out 'in-band:'", text)
+
+
+class ByTheByte(Both):
+    """Both get all bytes one by one: an ERROR's text quotes what has come so far."""
+
+    def receive(self, data: bytes) -> list[Event]:
+        take = super().receive
+        return [event for byte in data for event in take(bytes([byte]))]
+
+
+class Harsh(fuzz.Harsh):
+    """Both forms, and a peer and an owner who do anything."""
+
+    form = ByTheByte
+
+
+class Pair(fuzz.Pair):
+    """A source and a destination that both have both forms."""
+
+    form = ByTheByte
+
+
+class FuzzTests(fuzz.Invariants, SynchronousTestCase):
+    """What holds in the first form, whoever sends and calls what, holds in this one."""
+
+    harsh = Harsh
+    pair = Pair
+    examples = 50
+
+    def made(self, handshake: Exchange) -> Any:
+        server = isinstance(handshake, DestinationHandshake)
+        inband = InBand(Secured(handshake, None), server=server)
+        if server:
+            assert inband.receive(OPENING) == []
+        return inband
+
+    def said(self, data: bytes, *, by_source: bool) -> bytes:
+        return frame(data, by_source=by_source)
+
+    @given(fuzz.SEVERAL, st.booleans())
+    def test_wanted(self, sayings: list[bytes], source: bool) -> None:
+        """5: of what ``wanted`` says."""
+        self.check_wanted(sayings, source)
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        st.lists(st.tuples(fuzz.SAYING, st.binary(max_size=3), st.integers(0, 60)), max_size=5),
+        st.booleans(),
+    )
+    def test_damaged(self, sayings: list[tuple[bytes, bytes, int]], source: bool) -> None:
+        """1, 2 and 3: of framing that has bytes in it that do not belong there."""
+        machine: Exchange = SourceHandshake() if source else DestinationHandshake(("a",))
+        handshake, errors = self.made(machine), 0
+        handshake.data_to_send()
+        for data, damage, at in sayings:
+            framed = frame(data, by_source=not source)
+            told = handshake.receive(framed[:at] + damage + framed[at:])
+            failures = [event for event in told if isinstance(event, Failed)]
+            assert failures == told[len(told) - len(failures) :]
+            errors += len(failures)
+            sent = unframed(handshake.data_to_send(), by_source=source)
+            assert bool(fuzz.errors_in(sent)) == any(not one.remote for one in failures)
+            assert handshake.closed or not failures
+            assert not (handshake.closed and handshake.wanted)
+        assert errors <= 1

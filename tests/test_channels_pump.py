@@ -373,6 +373,26 @@ class PumpTests(PumpCase):
         self.assertEqual(await self.ended, "both ends have said all")
         self.assertEqual(self.lost, [])
 
+    async def test_hold_is_over(self) -> None:
+        """What QEMU was not told on hold, it is told when that is over."""
+        pump, qemu, peer = self.make()
+        pump.hold = True
+        peer.shutdown(socket.SHUT_WR)
+        await self.threads_left(1)
+        pump.hold = False
+        self.assertEqual(await deferToThread(qemu.recv, 1), b"")
+        self.assertIsNone(pump.ended)
+
+    async def test_hold_of_a_loss_is_over(self) -> None:
+        """The same of a peer that was lost."""
+        pump, qemu, peer = self.make()
+        pump.hold = True
+        reset(peer)
+        await self.lost_once
+        pump.hold = False
+        self.assertIn("the peer closed its end", await self.ended)
+        self.assertEqual(qemu.recv(1), b"")
+
     async def test_abort_idle(self) -> None:
         """Aborting wakes threads that wait for something to read."""
         pump, qemu, peer = self.make()

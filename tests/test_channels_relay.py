@@ -203,6 +203,17 @@ class SourceTests(RelayCase):
         self.assertEqual(self.events[1:], [ChannelEnded(MAIN, "given up")])
         self.assertFalse(is_open(qemu))
 
+    async def test_hold_is_over(self) -> None:
+        """When hold is over, QEMU notices which channels could not be opened."""
+        self.relay.hold = True
+        qemu = self.connect(self.path)
+        _, opened = await self.asked(1)
+        opened.errback(PeerGone("The peer has gone."))
+        self.assertTrue(is_open(qemu))
+        self.relay.hold = False
+        self.assertFalse(is_open(qemu))
+        self.assertEqual(self.states(), ["ended"])
+
     async def test_opening_breaks(self) -> None:
         """Whatever opening a channel raises, the channel is lost and the relay lives."""
         self.connect(self.path)

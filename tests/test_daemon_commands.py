@@ -301,7 +301,7 @@ class QueryTests(PairCase):
         self.assertTrue(alone["postcopy-ram"]["offered"])
         pair.source.set_capabilities("xbzrle", on=False)
         both = pair.here.execute("query-features", guest=NAME, uri=pair.there.uri)
-        self.assertEqual((both["peer"], both["path"]), (pair.there.uri, "direct"))
+        self.assertEqual((both["peer"], both["path"]), (pair.there.uri, "handover"))
         self.assertFalse(self.by_name(both)["multifd"]["selected"])
         self.assertIn("postcopy-ram", self.by_name(both)["multifd"]["reason"])
         self.assertEqual(self.by_name(both)["multifd"]["where"], "conflict")

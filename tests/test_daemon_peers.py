@@ -28,6 +28,10 @@ from tests.rig.pair import NAME, Pair, PairCase, start
 _MAGIC = b"QEMU-MIGRATE"
 _CHANNEL = b"QEMU-CHANNEL"
 
+#: How a connection in-band begins, and the number of what is said there.
+_OPENING = b"QEVM\0\0\0\3" + b"\x08\0\1\0\0"
+_FEATURES = 0x4645
+
 _ERROR, _GUEST, _FEATURE, _PREPARE, _PREPARED, _START, _ATTACHED = 1, 2, 3, 4, 5, 6, 7
 _HEARTBEAT, _STATUS, _CANCEL, _RELEASE, _OUTCOME, _ASK = 8, 9, 10, 11, 12, 13
 
@@ -58,14 +62,24 @@ def _role(
     return head + hmac.digest(secret, head, hashlib.sha256)
 
 
+def dial(daemon: Daemon) -> socket.socket:
+    """Connect to a daemon's port, and say nothing."""
+    host, port = daemon.uri.rsplit(":", 2)[1:]
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
 class Peer:
-    """A plain connection to a daemon's port that has read the Greeting."""
+    """A connection to a daemon's port, in the form that the port is for; it was greeted."""
 
     def __init__(self, daemon: Daemon) -> None:
-        _, host, port = daemon.uri.split(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=60)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        greet(self.socket)
+        self.socket = dial(daemon)
+        self._in_band = daemon.uri.startswith("in-band:")
+        self._left = 0
+        if self._in_band:
+            self.socket.sendall(_OPENING)
+        greet(self)
 
     def __enter__(self) -> Peer:
         return self
@@ -73,11 +87,38 @@ class Peer:
     def __exit__(self, *exc: object) -> None:
         self.socket.close()
 
+    def form(self, data: bytes) -> bytes:
+        """Return what is to be sent for something that is said."""
+        if not self._in_band:
+            return data
+        parts = (data[at : at + 0xFFFF] for at in range(0, len(data), 0xFFFF))
+        return b"".join(struct.pack(">BHH", 8, _FEATURES, len(part)) + part for part in parts)
+
     def send(self, *pieces: bytes) -> None:
+        """Say, as far as the daemon takes it."""
+        self.send_bare(*map(self.form, pieces))
+
+    def send_bare(self, *pieces: bytes) -> None:
         """Send, as far as the daemon takes it."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for piece in pieces:
                 self.socket.sendall(piece)
+
+    def recv(self, count: int) -> bytes:
+        """Return what the daemon says, ``count`` bytes at the most; nothing at its end."""
+        if self._in_band and not self._left:
+            head = b""
+            while len(head) < 4:
+                piece = self.socket.recv(4 - len(head))
+                if not piece:
+                    return b""
+                head += piece
+            kind, self._left = struct.unpack(">HH", head)
+            if kind != _FEATURES or not self._left:
+                raise AssertionError(f"No framing, but {head!r} came.")
+        data = self.socket.recv(min(count, self._left) if self._in_band else count)
+        self._left -= len(data)
+        return data
 
     def receive(self) -> tuple[int, bytes]:
         """Return the type and the body of the next message."""
@@ -111,7 +152,7 @@ class Peer:
     def _exactly(self, count: int) -> bytes:
         data = b""
         while len(data) < count:
-            piece = self.socket.recv(count - len(data))
+            piece = self.recv(count - len(data))
             if not piece:
                 raise ConnectionError(f"The daemon closed the connection after {data!r}.")
             data += piece
@@ -119,6 +160,10 @@ class Peer:
 
 
 class BadPeerTests(PairCase):
+    """:cvar last_move: whether each test ends with a good migration."""
+
+    last_move = True
+
     def setUp(self) -> None:
         """Have a daemon with a guest that waits, and remember how that one is."""
         self.the: Pair = self.pair(
@@ -147,6 +192,8 @@ class BadPeerTests(PairCase):
             entry for entry in self.the.there.execute("query-migrate") if "ended" not in entry
         ]
         self.assertEqual(running, [])
+        if not self.last_move:
+            return
         start(self.the.here, self.the.source)
         self.the.remember()
         self.the.move("direct")
@@ -259,23 +306,23 @@ class BadPeerTests(PairCase):
 
     def test_slow(self) -> None:
         """Silence, and a byte now and then, end with the handshake's deadline."""
-        for begun in (b"", _reply(), _reply() + _message(_GUEST, {"name": NAME})):
-            with Peer(self.the.there) as peer:
-                start = time.monotonic()
-                peer.send(begun)
-                code, text = peer.error()
-            self.assertEqual(code, "deadline", text)
-            self.assertGreater(time.monotonic() - start, _DEADLINE / 2)
-
-        with Peer(self.the.there) as peer:
-            peer.socket.settimeout(_DEADLINE / 10)
+        with contextlib.ExitStack() as stack:
+            begins = (b"", _reply(), _reply() + _message(_GUEST, {"name": NAME}))
+            silent = [(stack.enter_context(Peer(self.the.there)), said) for said in begins]
+            slow = stack.enter_context(Peer(self.the.there))
+            start = time.monotonic()
+            for peer, said in silent:
+                peer.send(said)
+            slow.socket.settimeout(_DEADLINE / 10)
             with self.assertRaises((BrokenPipeError, ConnectionResetError, _Heard)):
-                for number in range(100):
-                    peer.socket.sendall(_reply()[number % 17 :][:1])
+                for byte in slow.form(_reply() + _message(_GUEST, {"name": "x" * 100})):
+                    slow.socket.sendall(bytes([byte]))
                     with contextlib.suppress(TimeoutError):
-                        raise _Heard(peer.socket.recv(6, socket.MSG_PEEK))
-            peer.socket.settimeout(60)
-            self.assertEqual(peer.error()[0], "deadline")
+                        raise _Heard(slow.socket.recv(6, socket.MSG_PEEK))
+            self.assertGreater(time.monotonic() - start, _DEADLINE / 2)
+            slow.socket.settimeout(60)
+            for peer in (slow, *(peer for peer, _ in silent)):
+                self.assertEqual(peer.error()[0], "deadline")
         self.check_untouched()
 
     def test_resets(self) -> None:
@@ -299,8 +346,9 @@ class BadPeerTests(PairCase):
             before = _resident(self.the.there)
             most = before
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                flood = peer.form(bytes(1 << 20))
                 while True:
-                    peer.socket.sendall(bytes(1 << 20))
+                    peer.socket.sendall(flood)
                     most = max(most, _resident(self.the.there))
             self.assertLess(most - before, 8 << 20)
         self.the.destination.process.signal(signal.SIGCONT)
@@ -347,7 +395,7 @@ class BadPeerTests(PairCase):
                 self.assertEqual(main.receive(), (_ATTACHED, b""))
                 self.refused("channel-taken", _role(migration, b"main", 0, secret))
                 # And now payload that is no stream.
-                main.send(b"This is not what QEMU sends." * 100)
+                main.send_bare(b"This is not what QEMU sends." * 100)
                 outcome = peer.receive_json(_OUTCOME)
         self.assertFalse(outcome["ran"])
         self.assertIn("error", outcome)
@@ -392,6 +440,43 @@ class BadPeerTests(PairCase):
             secret = self.negotiate(peer, uuid.uuid4())
         self.the.wait_settings(self.the.destination)
         self.assertNotIn(secret.hex(), self.the.there.log)
+
+
+class InBandTests(BadPeerTests):
+    """The same peers, where the handshake is in its in-band form.
+
+    That a good migration comes through behind them, in this form, is shown by
+    :meth:`test_roles`.
+    """
+
+    in_band = True
+    last_move = False
+
+    def test_no_opening(self) -> None:
+        """Who does not open the return path is told nothing, and left within the deadline."""
+        begun = time.monotonic()
+        with dial(self.the.there) as silent, dial(self.the.there) as halfway:
+            halfway.sendall(_OPENING[:9])
+            for stranger in (silent, halfway):
+                self.assertEqual(b"", stranger.recv(100))
+            self.assertGreater(time.monotonic() - begun, _DEADLINE / 2)
+        for said in (b"GET / HTTP/1.1\r\n\r\n", _reply(), _OPENING[:9] + bytes(4)):
+            with dial(self.the.there) as stranger, contextlib.suppress(ConnectionResetError):
+                stranger.sendall(said)
+                self.assertEqual(b"", stranger.recv(100))
+        self.check_untouched()
+
+    def test_framing(self) -> None:
+        """Framing that is none gets an ERROR, wherever it comes."""
+        bare = _reply() + _message(_GUEST, {"name": NAME})
+        for bad in (
+            b"QEVM\0\0\0\3", b"\x08\0\2\0\4\0\0\0\1", struct.pack(">BHH", 8, _FEATURES, 0), b"\7",
+        ):  # fmt: skip
+            for before in (b"", bare[:9], bare):
+                with Peer(self.the.there) as peer:
+                    peer.send_bare(peer.form(before), bad)
+                    self.assertEqual("bad-frame", peer.error()[0], (before, bad))
+        self.check_untouched()
 
 
 class _Heard(Exception):

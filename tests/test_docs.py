@@ -110,7 +110,7 @@ class ReadmeTests(RigCase):
         self.type(b, host_b, port)
         said = self.type(a, host_a, port)
         self.assertRegex(said, r"(?m)^web1 moved to tcp:127\.0\.0\.1:\d+ in ")
-        self.assertRegex(said, r"(?m)^  path +direct: ")
+        self.assertRegex(said, r"(?m)^  path +(handover|direct): ")
         code, guests = self.run_line(b, "qmigctl guests")
         self.assertEqual(0, code)
         self.assertRegex(guests, r"(?m)^web1 +running ")

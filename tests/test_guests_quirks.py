@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from importlib import import_module
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from qmigd.guests.quirks import QUIRKS, Versions, conflicts
+from qmigd.guests.quirks import QUIRKS, Versions, conflicts, unawaited
 from qmigd.interfaces import GuestFacts
 from tests.rig.bootsector import Program
 from tests.rig.case import RigCase
@@ -34,6 +35,10 @@ CRAWL = 300_000
 
 #: The guests: one that precopy takes its time for, and one that it does not.
 LARGE, SMALL = Program(pages=3072, pages_per_tick=16), Program(pages=64)
+
+#: Machine types up to 7.2, and those of distributors, which may be as old.
+OLD_MACHINES = ("pc-i440fx-7.2", "pc-q35-6.0", "s390-ccw-virtio-7.2", "virt-rhel9.2.0")
+NEW_MACHINES = ("pc-i440fx-8.0", "pc-q35-10.1", "virt-11.1", "microvm", "sbsa-ref")
 
 #: What a QEMU says of a connection that it did not expect.
 _TOO_MANY = "Extra incoming migration connection"
@@ -76,10 +81,21 @@ class TableTests(SynchronousTestCase):
         """It goes by the machine type's version; a type without one is the newest."""
         pair = frozenset({MULTIFD, PREEMPT})
         new = (11, 1, 3)
-        for machine in ("pc-i440fx-7.2", "pc-q35-6.0", "virt-2.12", "s390-ccw-virtio-7.2"):
+        for machine in OLD_MACHINES:
             self.assertIn(pair, self.excluded(new, new, machine), machine)
-        for machine in ("pc-i440fx-8.0", "pc-q35-10.1", "virt-11.1", "microvm"):
+        for machine in NEW_MACHINES:
             self.assertNotIn(pair, self.excluded(new, new, machine), machine)
+
+    def test_preempt_on_direct(self) -> None:
+        """It goes by the source: its version, and its machine type's."""
+        pair = frozenset({PREEMPT, "direct"})
+        old, new = (7, 2, 22), (11, 1, 3)
+        for source, machine in ((old, "microvm"), *((new, machine) for machine in OLD_MACHINES)):
+            self.assertIn(pair, self.excluded(source, new, machine), machine)
+            self.assertEqual(unawaited(facts(source, machine)), {"preempt"}, machine)
+        for machine in NEW_MACHINES:
+            self.assertNotIn(pair, self.excluded(new, old, machine), machine)
+            self.assertEqual(unawaited(facts(new, machine)), set(), machine)
 
     def test_ranges(self) -> None:
         """A range has its first version, with every patch level, and not its end."""
@@ -271,3 +287,23 @@ class QuirkTests(RigCase):
         guest = self.guest(require("7.2"), "dead").start()
         guest.kill()
         self.assertRaises((Lost, GuestDied), guest.qmp, "query-status")
+
+    def test_preempt_that_is_connected_too_late_loses_the_guest(self) -> None:
+        """Where it is not waited for, every version ends when it comes after the end.
+
+        The kernel does not answer who calls a listener whose queue is full.
+        """
+        for label in ("7.2", "10.0", "11"):
+            source = self.guest(require(label), label, program=SMALL).start()
+            source.set_capabilities("events", "return-path", POSTCOPY, PREEMPT)
+            with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+                host, port = listener.getsockname()
+                source.qmp("migrate", uri=f"tcp:{host}:{port}")
+                source.wait_migration("active")
+                source.qmp("migrate_cancel")
+                source.wait_migration("cancelled")
+                self.assertTrue(source.alive)
+                with listener.accept()[0], listener.accept()[0]:
+                    source.process.wait()
+            self.assertNotEqual(source.process.exit_code, 0)
+            self.assertIn("yank_register_function", source.log)

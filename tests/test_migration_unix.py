@@ -10,7 +10,7 @@ from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.qemus import require
 
 
-class UnixTests(RigCase):
+class UnixCase(RigCase):
     def migrate(self, **more: Any) -> dict[str, Any]:
         """Move a guest, check it, and return what the source says."""
         qemu = require("7.2")
@@ -18,7 +18,7 @@ class UnixTests(RigCase):
         here.start()
         there.start()
         source = self.daemon("source", guests={"vm": {"qmp": f"unix:{here.qmp_path}"}}).start()
-        uri = f"unix:{here.directory}/peer"
+        uri = f"{'in-band:' if self.in_band else ''}unix:{here.directory}/peer"
         self.daemon(
             "destination", guests={"vm": {"qmp": f"unix:{there.qmp_path}"}}, listen=[uri]
         ).start()
@@ -35,9 +35,11 @@ class UnixTests(RigCase):
         there.check_ram()
         return entry["plan"]
 
+
+class UnixTests(UnixCase):
     def test_relay(self) -> None:
         """Several channels go through the relay, since the QEMUs have no address to meet at."""
-        plan = self.migrate()
+        plan = self.migrate(prefer=["postcopy-preempt"])
         self.assertEqual("relay", plan["path"])
         self.assertIn("not direct: the two daemons speak over a unix socket", plan["path-reason"])
 
@@ -50,3 +52,14 @@ class UnixTests(RigCase):
         plan = self.migrate(exclude=["multifd", "postcopy-ram", "postcopy-preempt"])
         self.assertEqual("handover", plan["path"])
         self.assertEqual([], plan["features"])
+
+
+class InBandTests(UnixCase):
+    """In the handshake's other form."""
+
+    in_band = True
+
+    def test_relay(self) -> None:
+        """Every channel begins in-band."""
+        plan = self.migrate(require=["multifd"])
+        self.assertEqual("relay", plan["path"])

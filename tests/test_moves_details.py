@@ -61,7 +61,7 @@ class PausedTests(PairCase):
 
     def test_postcopy(self) -> None:
         """The same by postcopy, which begins for a paused guest as for any other."""
-        pair = self.pair("10.0").start()
+        pair = self.pair("10.0", machine=_NEW_MACHINE).start()
         pair.source.qmp("stop")
         # Slower than before: a paused guest writes nothing that would hold precopy up.
         pair.begin("direct", "preempt", bandwidth=1 << 20)
@@ -202,9 +202,15 @@ class PlanTests(PairCase):
 
     def test_7_2(self) -> None:
         """Between 7.2s the certainty of postcopy comes before the speed of multifd."""
-        left_out = self.check(self.pair("7.2"), {"postcopy-ram", "postcopy-preempt"}, "direct")
+        left_out = self.check(self.pair("7.2"), {"postcopy-ram"}, "handover")
         self.assertIn("8.1", left_out["multifd"])
         self.assertIn("postcopy", left_out["multifd"])
+        self.assertIn("not together with direct", left_out["postcopy-preempt"])
+
+    def test_7_2_prefer_preempt(self) -> None:
+        """Whoever wants 7.2's preempt channel gets it, in a relay."""
+        features = {"postcopy-ram", "postcopy-preempt"}
+        self.check(self.pair("7.2"), features, "relay", prefer=["postcopy-preempt"])
 
     def test_7_2_prefer_multifd(self) -> None:
         """A wish for multifd turns that round."""
@@ -222,7 +228,9 @@ class PlanTests(PairCase):
     def test_10_0(self) -> None:
         """Out of and into QEMU 10.0 multifd is left out, since it refuses the two together."""
         left_out = self.check(
-            self.pair("11", "10.0"), {"postcopy-ram", "postcopy-preempt"}, "direct"
+            self.pair("11", "10.0", machine=_NEW_MACHINE),
+            {"postcopy-ram", "postcopy-preempt"},
+            "direct",
         )
         self.assertIn("10.0", left_out["multifd"])
 
@@ -250,7 +258,7 @@ class PlanTests(PairCase):
 
     def test_no_direct_ports(self) -> None:
         """Where the destination offers no ports, several channels take the relay."""
-        pair = self.pair("7.2", there={"direct_ports": ""})
+        pair = self.pair("10.0", machine=_NEW_MACHINE, there={"direct_ports": ""})
         left_out = self.check(pair, {"postcopy-ram", "postcopy-preempt"}, "relay")
         self.assertEqual({*left_out}, KNOWN - {"postcopy-ram", "postcopy-preempt"})
 

@@ -68,7 +68,7 @@ class PathTests(ExecCase):
 
     def test_relay(self) -> None:
         """A program for each of several channels; why not another path is said."""
-        pair = self.exec_pair("10.0")
+        pair = self.exec_pair("10.0", policy={"prefer": ["multifd"]})
         asked = pair.here.execute("query-features", guest=NAME, uri=self.uri)
         self.assertEqual((asked["path"], asked["peer"]), ("relay", self.uri))
         self.assertIn("not direct: a program carries the connections", asked["path-reason"])
@@ -166,7 +166,8 @@ class SshTests(ExecCase):
 
     def test_forwarded(self) -> None:
         """Ssh may go on to a port by itself, which does not make the port the QEMUs'."""
-        pair = self.exec_pair("7.2", there={"listen": [f"tcp:127.0.0.1:{free_ports()[0]}"]})
+        there = {"listen": [f"tcp:127.0.0.1:{free_ports()[0]}"]}
+        pair = self.exec_pair("7.2", there=there, policy={"prefer": ["multifd"]})
         to = pair.there.uri.removeprefix("tcp:")
         uri = f"exec:{shlex.join([*self.server().client, '-W', to, ssh.HOST])}"
         asked = pair.here.execute("query-features", guest=NAME, uri=uri)

@@ -107,8 +107,10 @@ class IsolatedTests(PairCase):
 class App:
     """A management app that does what a test says, and nothing by itself."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, form: str = "") -> None:
+        """:param form: of the handshake, ``in-band:`` or nothing."""
         self._pair = pair
+        self._form = form
         self._seen = 0
 
     def asked(self, channel: str, index: int = 0, *, side: Daemon | None = None) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class App:
 
     def take_in(self, end: socket.socket) -> None:
         """Give the destination one end, for whatever it turns out to be."""
-        self.hand_over(self._pair.there, end, "incoming", uri="fd:end")
+        self.hand_over(self._pair.there, end, "incoming", uri=f"{self._form}fd:end")
 
     def connect(self, channel: str, index: int = 0, *, tcp: bool = False) -> None:
         """Wait for a request of the source's, and answer it."""
@@ -227,6 +229,24 @@ class MoveTests(FdCase):
         pair.completed()
         pair.prove_moved()
         self.assertTrue(ended(app_end))
+
+    def test_in_band(self) -> None:
+        """In the handshake's other form, which the destination knows of its own channels."""
+        pair, _ = self.fd_pair("7.2")
+        app = App(pair, "in-band:")
+        pair.begin("relay", "multifd", uri="in-band:fd:", tunables={"multifd-channels": 1})
+        app.connect("control")
+        self.assertEqual(["main 0", "multifd 0"], app.planned(pair.there))
+        for name in ("main", "multifd"):
+            app.asked(name)
+            here, there = socket.socketpair()
+            if name == "main":
+                app.take_in(there)
+            else:
+                app.add(pair.there, name, 0, there)
+            app.add(pair.here, name, 0, here)
+        pair.completed()
+        pair.prove_moved()
 
     def test_features(self) -> None:
         """What a move would use can be asked over one management connection and another."""

@@ -15,9 +15,10 @@ from tests.rig.news import ask_until, wait_until
 from tests.rig.pair import SLOW, PairCase, start
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.proxy import Recorder
-from tests.test_faults_precopy import CANCEL, FaultCase
+from tests.test_faults_precopy import CANCEL, CUT, DESTINATION_QEMU, DESTINATION_QMIGD, FaultCase
 from tests.test_moves_journeys import JourneyCase
 from tests.test_moves_tls import TlsCase
+from tests.test_moves_zero_copy import ZeroCopyCase
 
 #: How what a destination says begins: MIG_RP_MSG_FEATURES.
 _ANSWER = b"FE"
@@ -71,6 +72,26 @@ class FaultTests(FaultCase):
         self.after(CANCEL, pair)
         self.stays(pair, "direct")
 
+    def broken(self, fault: str, path: str, mode: str, label: str) -> None:
+        pair = self.ready(label, label, link=fault == CUT)
+        pair.begin(path, mode, bandwidth=SLOW)
+        pair.wait(pair.here, "active")
+        self.make(fault, pair)
+        self.after(fault, pair)
+        self.stays(pair, path)
+
+    def test_cut(self) -> None:
+        """The network is cut, and both sides miss the HEARTBEATs in their framing."""
+        self.broken(CUT, "relay", "multifd", "10.0")
+
+    def test_destination_qmigd(self) -> None:
+        """The destination's qmigd is killed, with the other end of every framed connection."""
+        self.broken(DESTINATION_QMIGD, "relay", "preempt", "7.2")
+
+    def test_destination_qemu(self) -> None:
+        """The destination's QEMU is killed, and its qmigd says so in its framing."""
+        self.broken(DESTINATION_QEMU, "handover", "postcopy", "11")
+
 
 class InTlsTests(TlsCase):
     """TLS, which goes inside the framing up to where payload begins."""
@@ -93,6 +114,23 @@ class InTlsTests(TlsCase):
                 self.assertNotIn(readable, there)
                 self.assertNotIn(readable, back)
 
+    def test_direct(self) -> None:
+        """The QEMUs do it themselves; their certificates' names are agreed on in-band."""
+        pair = self.secure_pair("10.0").start()
+        plan = pair.move("direct", "multifd")["plan"]
+        pair.prove_moved()
+        self.assertIn("tls", plan["features"])
+
+
+class MoverTests(ZeroCopyCase):
+    """Without copying, from behind ATTACHED on."""
+
+    in_band = True
+
+    def test_splice(self) -> None:
+        """What the framing left in the socket is spliced."""
+        self.journey("splice", "multifd")
+
 
 class RefusedTests(PairCase):
     """Who speaks another form, or none: nothing moves, and somebody is told why."""
@@ -108,6 +146,9 @@ class RefusedTests(PairCase):
         pair.start()
         pair.begin("direct", uri=f"in-band:tcp:127.0.0.1:{port}")
         self.assertIn("leave out 'in-band:'", pair.failed(pair.here))
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            pair.begin("direct", uri=f"in-band:tcp:127.0.0.1:{silent.getsockname()[1]}")
+            self.assertIn("greeting did not come within 0.5 seconds", pair.failed(pair.here))
         pair.begin("", require=[], exclude=[], uri=f"tcp:127.0.0.1:{other}")
         self.assertIn("has not greeted within 0.5 seconds", pair.failed(pair.here))
         pair.prove_stayed()

@@ -177,7 +177,7 @@ class DirectTests(TlsCase):
 
     def test_7_2(self) -> None:
         """QEMU 7.2."""
-        self.check("7.2", "7.2", "precopy", "multifd", "postcopy", "preempt")
+        self.check("7.2", "7.2", "precopy", "multifd", "postcopy")
 
     def test_10_0(self) -> None:
         """QEMU 10.0, out of and into 7.2."""

@@ -154,7 +154,7 @@ class MeasuredTests(ZeroCopyCase):
         self.assertTrue(ours["offered"])
         self.assertFalse(ours["selected"])
         self.assertIn("it gains on the path relay only", ours["reason"])
-        self.assertEqual(features["path"], "direct")
+        self.assertEqual(features["path"], "handover")
         pair.begin("", require=[], exclude=[], prefer=[FEATURE])
         self.assertEqual(pair.completed()["plan"]["path"], "relay")
         pair.prove_moved()

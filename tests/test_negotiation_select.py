@@ -225,6 +225,39 @@ class PathChoiceTests(SynchronousTestCase):
         self.assertEqual(choice.path, RELAY)
         self.assertIn("not direct: no ports here", choice.path_reason)
 
+    def test_conflict_with_a_path(self) -> None:
+        """What is for speed, and must not be had on its path, is no reason for a dearer one."""
+        bad = terms(conflicts=(Conflict(frozenset({"many", DIRECT}), "this QEMU crashes"),))
+        choice = choose(["many", "sure"], bad, terms())
+        self.assertEqual((choice.path, choice.features), (HANDOVER, ("sure",)))
+        reason = "conflict: not together with direct: this QEMU crashes"
+        self.assertEqual(said(choice), {"many": f"{reason}; handover is better than the rest"})
+        choice = choose(["many", "sure", "wild"], bad, terms())
+        self.assertEqual((choice.path, choice.features), (DIRECT, ("sure", "wild")))
+        choice = choose(["many", "sure", "packed"], terms(), bad)
+        self.assertEqual((choice.path, choice.features), (RELAY, ("many", "packed", "sure")))
+
+    def test_conflict_with_a_path_and_a_wish(self) -> None:
+        """Whoever names such a feature gets the path that is left; whoever names the path, that."""
+        bad = terms(conflicts=(Conflict(frozenset({"many", DIRECT}), "this QEMU crashes"),))
+        for wish in ({"require": ("many",)}, {"prefer": ("many",)}, {"prefer": (DIRECT, "many")}):
+            choice = choose(["many", "sure"], bad, terms(**wish))
+            self.assertEqual((choice.path, choice.features), (RELAY, ("many", "sure")))
+            self.assertIn(
+                "not direct: not together with many: this QEMU crashes", choice.path_reason
+            )
+        for wish in ({"require": (DIRECT,)}, {"prefer": (DIRECT,)}):
+            choice = choose(["many", "sure"], bad, terms(**wish))
+            self.assertEqual((choice.path, choice.features), (DIRECT, ("sure",)))
+            reason = "conflict: not together with direct: this QEMU crashes"
+            self.assertEqual(said(choice), {"many": reason})
+        choice = choose(["many", "sure"], bad, terms(prefer=(RELAY,)))
+        self.assertEqual((choice.path, choice.features), (RELAY, ("many", "sure")))
+        error = self.assertRaises(
+            FeatureError, choose, ["many"], bad, terms(require=(DIRECT, "many"))
+        )
+        self.assertIn("not together with direct: this QEMU crashes", error.text)
+
     def test_features_decide_the_path(self) -> None:
         """A feature that only a relay can carry brings one about."""
         self.assertEqual(choose(["many", "packed"], terms(), terms()).path, RELAY)
@@ -306,7 +339,12 @@ random_terms = st.builds(
     Terms,
     st.dictionaries(names, traits),
     st.lists(
-        st.builds(Conflict, st.frozensets(names, min_size=2, max_size=3), st.text()), max_size=2
+        st.builds(
+            Conflict,
+            st.frozensets(st.one_of(names, st.sampled_from(PATHS)), min_size=2, max_size=3),
+            st.text(),
+        ),
+        max_size=2,
     ).map(tuple),
     st.lists(st.one_of(names, st.sampled_from(PATHS)), max_size=3).map(tuple),
     st.lists(st.one_of(names, st.sampled_from(PATHS)), max_size=1).map(tuple),
@@ -339,7 +377,7 @@ class ChoicePropertyTests(SynchronousTestCase):
             self.assertFalse(both[name].excludes & chosen - {name})
             self.assertIn(choice.path, both[name].paths)
         for conflict in (*source.conflicts, *destination.conflicts):
-            self.assertFalse(conflict.features <= chosen)
+            self.assertFalse(conflict.features <= {*chosen, choice.path})
         self.assertNotIn(choice.path, {**source.closed, **destination.closed})
         for name in (*source.require, *destination.require):
             self.assertIn(name, {*chosen, choice.path})

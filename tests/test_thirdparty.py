@@ -80,12 +80,12 @@ class Wire:
     """
 
     def __init__(self, to: str) -> None:
-        host, port = to.removeprefix("tcp:").split(":")
+        form, host, port = to.rsplit(":", 2)
         self._to = host, int(port)
         self.sent = 0
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", free_ports()[0]))
-        self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
+        self.uri = f"{form}:127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = [self._listener]
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -115,7 +115,7 @@ class Wire:
             one.close()
 
 
-class ThirdPartyTests(RigCase):
+class ThirdPartyCase(RigCase):
     def theirs(self, name: str, guest: Guest) -> Daemon:
         """Start a daemon that has the third party's features."""
         return self.start(name, guest, python=str(_environment().python))
@@ -145,8 +145,7 @@ class ThirdPartyTests(RigCase):
         counted_without_a_gap(here, there)
         there.check_ram()
 
-    def test_both_sides(self) -> None:
-        """Two daemons that have the features offer, select and use them; the RAM is right."""
+    def check_both_sides(self) -> None:
         here, there = self.guests()
         source, destination = self.theirs("source", here), self.theirs("destination", there)
         offered = {one["name"]: one for one in destination.execute("query-features")["features"]}
@@ -165,6 +164,22 @@ class ThirdPartyTests(RigCase):
         # The guest's pages are much the same, and QEMU sends each in full.
         self.assertLess(0, wire.sent)
         self.assertLess(wire.sent, entry["ram"]["transferred"] / 4)
+
+
+class InBandTests(ThirdPartyCase):
+    """In the handshake's in-band form."""
+
+    in_band = True
+
+    def test_both_sides(self) -> None:
+        """The features are negotiated there, and what they encode follows it bare."""
+        self.check_both_sides()
+
+
+class ThirdPartyTests(ThirdPartyCase):
+    def test_both_sides(self) -> None:
+        """Two daemons that have the features offer, select and use them; the RAM is right."""
+        self.check_both_sides()
 
     def test_pair(self) -> None:
         """query-features shows them for the pair, with what they do."""

@@ -402,7 +402,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     Member(
                         "uri",
                         STR,
-                        "`fd:FDNAME`, with the name that `getfd` has given the descriptor.",
+                        "`fd:FDNAME`, with the name that `getfd` has given the descriptor; "
+                        "`in-band:fd:FDNAME`, where the peer migrates to `in-band:fd:`.",
                     ),
                 ),
                 errors=(_NO_CHANNEL,),

@@ -148,7 +148,8 @@ class Pump:
             :data:`~qmigd.interfaces.MOVERS`; where there is a codec, bytes are copied.
         :param inward: the mover from the peer to QEMU.
         """
-        self.hold = hold
+        self._hold = hold
+        self._withheld = False
         self.lost: str | None = None
         self.ended: str | None = None
         self._guest = guest
@@ -201,6 +202,23 @@ class Pump:
         if not self._running:
             self._finish()
 
+    @property
+    def hold(self) -> bool:
+        """Keep the guest's socket open when the peer is lost (see above)."""
+        return self._hold
+
+    @hold.setter
+    def hold(self, hold: bool) -> None:
+        self._hold = hold
+        if hold or self.ended is not None:
+            return
+        # What the guest was not told, it is told now.
+        if self.lost is not None:
+            self.abort(self.lost)
+        elif self._withheld:
+            self._withheld = False
+            _shut(self._guest, socket.SHUT_WR)
+
     def abort(self, reason: str) -> None:
         """Close both sockets now; harmless when it has ended."""
         if self.ended is None:
@@ -235,6 +253,7 @@ class Pump:
             elif not self.hold:
                 _shut(self._guest, socket.SHUT_WR)
             elif self.lost is None:
+                self._withheld = True
                 self._on_held()
         elif end.what == "codec":
             if end.mistake is not None:

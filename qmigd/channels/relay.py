@@ -181,7 +181,8 @@ class _Relay:
         """Keep QEMU's sockets open when the peer is lost, until :meth:`abort`.
 
         Off at first: in precopy QEMU must notice.  To be switched on before postcopy
-        begins: from then on a source whose sockets close may run its guest again.
+        begins: from then on a source whose sockets close may run its guest again.  When it is
+        switched off, QEMU notices what has happened meanwhile.
         """
         return self._hold
 
@@ -191,6 +192,8 @@ class _Relay:
         for channel in self._channels:
             if channel.pump is not None:
                 channel.pump.hold = hold
+            elif channel.lost and not hold:
+                self._drop(channel, "the peer was lost")
 
     def channels(self) -> list[ChannelState]:
         """The channels that have begun, in the order in which they came."""

@@ -11,6 +11,7 @@ from ..migration.services import Services
 from ..qmp.descriptors import Descriptors
 from ..transports.adopting import adopt
 from ..transports.descriptors import DescriptorAddress, checked, is_local
+from ..transports.uri import IN_BAND
 
 __all__ = ["ChannelCommands"]
 
@@ -37,22 +38,23 @@ class ChannelCommands:
             sock.close()
             raise
         if not taken:
-            self._take_in(sock)
+            self._take_in(sock, in_band=self._services.requests.in_band(id))
 
     async def incoming(self, uri: str, *, descriptors: Descriptors) -> None:
-        scheme, _, fdname = uri.partition(":")
+        inner = uri.removeprefix(IN_BAND)
+        scheme, _, fdname = inner.partition(":")
         if scheme != "fd" or not fdname:
             raise ArgumentError(
                 f'"{uri}" cannot be taken in: write fd:FDNAME, with a name that getfd has given. '
                 f"What comes over tcp: and unix: is in 'listen' in the configuration."
             )
-        self._take_in(_socket(descriptors, fdname))
+        self._take_in(_socket(descriptors, fdname), in_band=inner != uri)
 
-    def _take_in(self, sock: socket.socket) -> None:
+    def _take_in(self, sock: socket.socket, *, in_band: bool) -> None:
         """Serve a connection as if it had been accepted on a port."""
         services = self._services
         required = not (services.security.insecure or is_local(sock))
-        factory = IncomingFactory(services, tls_required=required)
+        factory = IncomingFactory(services, tls_required=required, in_band=in_band)
         adopt(services.reactor, sock, factory, DescriptorAddress())
 
 

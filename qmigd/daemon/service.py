@@ -150,6 +150,7 @@ class QmigdService(Service):
             verdicts=Verdicts(),
             requests=ChannelRequests(reactor, self._event),
             conflicts=_conflicts,
+            unawaited=quirks.unawaited,
             ports=PortRange(daemon.direct_ports) if daemon.direct_ports else None,
             run_dir=run_dir,
             deadlines=Deadlines(

@@ -7,7 +7,8 @@ itself has a row as well: negotiation has to know before anything is set.
 All rows were seen on Debian's QEMU 7.2.22, 10.0.2 and 11.1.3.  Where a range ends
 at a version that was not tried, the end is out of QEMU's history: multifd with
 postcopy was refused from 8.1 on (``migrate_caps_check``) and works from 10.1 on;
-``x-preempt-pre-7-2`` is set by the machine types up to 7.2 (``hw/core/machine.c``).
+``x-preempt-pre-7-2`` came with 8.0 and is set by the machine types up to 7.2
+(``hw/core/machine.c``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qmigd.interfaces import GuestFacts
+from qmigd.interfaces import DIRECT, GuestFacts
 
 __all__ = [
     "ANY",
@@ -26,6 +27,7 @@ __all__ = [
     "Quirk",
     "Versions",
     "conflicts",
+    "unawaited",
 ]
 
 #: URI schemes with which QEMU answers ``migrate`` only once it is connected, and the seconds
@@ -60,12 +62,16 @@ ANY = Versions()
 POSTCOPY_WITHOUT_PAGES = Versions((10, 1))
 
 
+#: How the machine types begin that QEMU has in versions.
+_VERSIONED = ("pc-i440fx-", "pc-q35-", "pseries-", "s390-ccw-virtio-", "virt-")
+
+
 @dataclass(frozen=True)
 class Quirk:
     """One thing that goes wrong.
 
     :ivar id: its name, for the documentation.
-    :ivar features: what must not be combined.
+    :ivar features: what must not be combined; a path may be among them.
     :ivar source: the versions of the source's QEMU that it concerns.
     :ivar destination: the same of the destination's.
     :ivar machine: it concerns machine types up to this version only.
@@ -83,15 +89,19 @@ class Quirk:
 
     def concerns(self, source: GuestFacts, destination: GuestFacts) -> bool:
         """Return whether it would go wrong between these two."""
-        if self.machine is not None:
-            version = _machine_version(source.machine)
-            if version is None or version > self.machine:
-                return False
+        if self.machine is not None and not _older(source.machine, self.machine):
+            return False
         return source.version in self.source and destination.version in self.destination
 
 
 _MULTIFD_POSTCOPY = frozenset({"multifd", "postcopy-ram"})
+_PREEMPT_DIRECT = frozenset({"postcopy-preempt", DIRECT})
 _TESTS = "tests.test_guests_quirks.QuirkTests"
+
+_PREEMPT_LATE = (
+    "{} does not wait for the preempt channel, and ends, guest and all, if the migration fails"
+    " before that has come about"
+)
 
 QUIRKS = (
     Quirk(
@@ -128,6 +138,21 @@ QUIRKS = (
         ),
         test=f"{_TESTS}.test_multifd_with_preempt_hangs_on_old_machine_types",
     ),
+    Quirk(
+        id="preempt-direct-old-source",
+        features=_PREEMPT_DIRECT,
+        source=Versions(end=(8, 0)),
+        reason=_PREEMPT_LATE.format("a QEMU older than 8.0"),
+        test=f"{_TESTS}.test_preempt_that_is_connected_too_late_loses_the_guest",
+    ),
+    Quirk(
+        id="preempt-direct-old-machine",
+        features=_PREEMPT_DIRECT,
+        source=Versions((8, 0)),
+        machine=(7, 2),
+        reason=_PREEMPT_LATE.format("with machine types up to 7.2 the source's QEMU"),
+        test=f"{_TESTS}.test_preempt_that_is_connected_too_late_loses_the_guest",
+    ),
 )
 
 
@@ -138,7 +163,23 @@ def conflicts(source: GuestFacts, destination: GuestFacts) -> list[tuple[frozens
     ]
 
 
-def _machine_version(machine: str) -> tuple[int, int] | None:
-    """Return the version in a machine type's name; a type without one is QEMU's newest."""
+def unawaited(source: GuestFacts) -> frozenset[str]:
+    """Return the channels that a source's QEMU connects as it begins, and does not wait for.
+
+    Nothing must fail its migration before they are there.  On ``direct`` nobody could see to
+    that; in a relay they are a matter of a moment, which :mod:`qmigd.migration.paths` waits.
+    """
+    rows = [quirk for quirk in QUIRKS if quirk.features == _PREEMPT_DIRECT]
+    return frozenset({"preempt"} if any(quirk.concerns(source, source) for quirk in rows) else ())
+
+
+def _older(machine: str, limit: tuple[int, int]) -> bool:
+    """Whether a machine type is not newer than ``limit``, or not known to be.
+
+    One without a version (``microvm``) is QEMU's newest.  What a distributor calls its own
+    (``pc-q35-rhel9.2.0``, ``pc-i440fx-jammy``) may be as old as any.
+    """
     match = re.search(r"-(\d+)\.(\d+)$", machine)
-    return (int(match[1]), int(match[2])) if match else None
+    if match is None:
+        return machine.startswith(_VERSIONED)
+    return (int(match[1]), int(match[2])) <= limit

@@ -84,6 +84,11 @@ class Control(Protocol):
         assert isinstance(self.bytes, Secured)
         self.bytes = InBand(self.bytes, server=server)
 
+    @property
+    def in_band(self) -> bool:
+        """Whether the handshake has its in-band form here."""
+        return isinstance(self.bytes, InBand)
+
     # Twisted's side
 
     def connectionMade(self) -> None:

@@ -91,7 +91,8 @@ class Incoming(Answering):
         )
         if isinstance(control.transport.getPeer(), DescriptorAddress):
             self.services.requests.plan(
-                self.record.id, self.record.guest, "destination", plan.channels
+                *(self.record.id, self.record.guest, "destination", plan.channels),
+                in_band=control.in_band,
             )
         control.machine.status({"ready": True, **ready})
         control.flush()

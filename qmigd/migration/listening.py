@@ -12,7 +12,6 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
-from ..channels.inband import InBand
 from ..channels.secured import TlsSide
 from ..errors import PeerGone, ProtocolError
 from ..handshake.destination import DestinationHandshake
@@ -70,7 +69,7 @@ class IncomingConnection(Control):
         super().connectionMade()
 
     def _take(self, event: Event) -> None:
-        untold = self.bytes.session is not None or isinstance(self.bytes, InBand)
+        untold = self.bytes.session is not None or self.in_band
         if isinstance(event, Failed) and untold and not self._served:
             # Nobody else will tell it here: no migration has come of it.
             log.info(

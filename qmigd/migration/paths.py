@@ -22,11 +22,13 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ..channels.attach import Line, open_channel
@@ -67,6 +69,9 @@ log = Logger()
 
 #: Seconds between two looks at channels that are being opened.
 _LOOK = 0.05
+#: Seconds within which QEMU makes the connections to a relay that it makes at once.  It takes
+#: a millisecond; a QEMU that has failed before never makes them.
+_CONNECTS_WITHIN = 5.0
 
 
 class _Path:
@@ -180,9 +185,16 @@ class SourcePath(_Path):
         tls_side: Callable[..., TlsSide | None],
         *,
         in_band: bool,
+        unawaited: frozenset[str] = frozenset(),
     ) -> None:
-        """:param in_band: channels begin in the handshake's in-band form."""
+        """
+        :param in_band: channels begin in the handshake's in-band form.
+        :param unawaited: channels that QEMU connects as it begins and does not wait for.
+        """
         super().__init__(services, plan, migration, secret, wake)
+        self._unawaited = [channel for channel in plan.channels if channel[0] in unawaited]
+        self._steadying: Deferred[None] | None = None
+        self._owned = False
         self._peer = peer
         self._in_band = in_band
         self._tls_side = tls_side
@@ -212,7 +224,37 @@ class SourcePath(_Path):
             self._mover("source"),
         )
         self._relay = relay
+        relay.hold = bool(self._unawaited)
         return str(relay.listen())
+
+    def set_off(self, guest: Guest) -> None:
+        """QEMU has been told to migrate."""
+        if self._relay is not None and self._unawaited:
+            self._steadying = Deferred.fromCoroutine(self._steady(self._relay, guest))
+
+    async def steady(self) -> None:
+        """Wait until QEMU's migration may be failed: not before QEMU has its connections.
+
+        Otherwise one that comes about later ends QEMU (``unawaited`` in
+        :mod:`qmigd.guests.quirks`), and the guest with it.
+        """
+        if self._steadying is not None:
+            steadying, self._steadying = self._steadying, None
+            await steadying
+
+    async def _steady(self, relay: SourceRelay | DestinationRelay, guest: Guest) -> None:
+        reactor = self._services.reactor
+        end = reactor.seconds() + _CONNECTS_WITHIN
+        while reactor.seconds() < end:
+            begun = [(channel.name, channel.index) for channel in relay.channels()]
+            if all(channel in begun for channel in self._unawaited):
+                break
+            await deferLater(reactor, _LOOK)
+        # QEMU has connected, and its main loop takes that in when it has nothing better to do.
+        await deferLater(reactor, _LOOK)
+        with suppress(QmigdError):
+            await guest.query_status()
+        relay.hold = self._owned
 
     async def complete(self, pause: Callable[[float], Awaitable[None]]) -> None:
         """See that every channel has reached the peer, before the guest is let go of.
@@ -261,6 +303,10 @@ class SourcePath(_Path):
                 end.close()
             else:
                 handed.callback(end)
+
+    def hold(self) -> None:
+        super().hold()
+        self._owned = True
 
     def abandon(self) -> None:
         """Open nothing more ahead of time."""

@@ -18,7 +18,7 @@ from ..errors import GuestGone, QmigdError
 from ..interfaces import RELAY, Guest, Role, Settings
 from ..transports.programs import reach
 from ..transports.uri import InBandAddress, bare, parse_uri
-from .move import OVER, Move
+from .move import Move
 from .services import Services
 from .verdicts import ask
 
@@ -86,9 +86,8 @@ class Recovery(Move):
         if entry["stage"] == "released" and not await self._never_ran():
             return "the guest is the destination's"
         # A relay has ended with the daemon.
-        broken = entry.get("path") == RELAY and await self.fails_by_itself()
-        if not broken and await self.look() not in {*OVER, "none"}:
-            await guest.cancel()
+        if entry.get("path") != RELAY or not await self.fails_by_itself():
+            await self.cancel_migration()
         await self.until_over()
         if entry.get("baseline") and self.qemu_status == "completed":
             # Nobody has to be asked there: the destination's QEMU lets it run by itself.

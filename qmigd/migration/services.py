@@ -110,6 +110,8 @@ class Services:
     """Everything around one migration that is not the migration itself.
 
     :ivar conflicts: what the QEMUs of two guests, source and destination, cannot combine.
+    :ivar unawaited: the channels that a source's QEMU connects and does not wait for, though a
+        migration that fails before they are there is the end of it.
     :ivar requests: asks the management app for connections, where it makes them.
     :ivar ports: what the destination offers for ``direct``; ``None``: nothing.
     :ivar run_dir: where the relay's unix sockets live; only this user can look inside.
@@ -126,6 +128,7 @@ class Services:
     verdicts: Verdicts
     requests: ChannelRequests
     conflicts: Callable[[GuestFacts, GuestFacts], list[Conflict]]
+    unawaited: Callable[[GuestFacts], frozenset[str]]
     ports: PortRange | None
     run_dir: Path
     deadlines: Deadlines

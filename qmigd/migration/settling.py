@@ -153,6 +153,8 @@ class Settling(Proposing):
 
     async def _end_qemus_migration(self, error: QmigdError) -> None:
         """Bring it to its end, where that is still safe, and wait until QEMU is done with it."""
+        if self._path is not None:
+            await self._path.steady()
         over = await self.is_over()
         if over or (self._released is Released.YES and self._peer is not Peer.NEVER_RAN):
             return

@@ -263,11 +263,13 @@ class Outgoing(Settling):
                 self._payload_address(plan),
                 self.tls_side,
                 in_band=self.in_band,
+                unawaited=services.unawaited(facts),
             )
             at = network_of(control.transport.getPeer())
             channel = await self._path.open(at, self._ready or {})
             self._hand_to_qemu(channel)
             await self._set_off(channel)
+            self._path.set_off(guest)
             self.record.under_way()
             self.record.can_postcopy = any(
                 "postcopy" in services.features[name].abilities for name in plan.features

@@ -6,16 +6,16 @@ destination's), then by rank, certainty before speed before thrift, and by name 
 that is equal.  A feature is taken together with those that it requires, if none of them
 excludes or contradicts what has been taken before, and if a path remains that
 carries all of them; one that gains but thrift, only if the path that is taken without
-it carries it.  A path that somebody prefers is settled on once all features that somebody
-names, and those of security, have been tried: the others are taken if it carries them.
-One of the lowest rank is left out unless somebody names it.  Whatever is not taken gets a
-reason.
+it carries it; and so is one for speed that a QEMU must not have on some path.  A path that
+somebody prefers is settled on once all features that somebody names, and those of security,
+have been tried: the others are taken if it carries them.  One of the lowest rank is left out
+unless somebody names it.  Whatever is not taken gets a reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import FeatureError
 from ..interfaces import CONFLICT, DIRECT, HANDOVER, PATH, PATHS, POLICY, RELAY, Rank
@@ -67,8 +67,11 @@ def choose(
     prefer = dict.fromkeys((*source.prefer, *destination.prefer))
     paths = _open_paths(source, destination, require)
     wishes = (*require, *prefer)
-    order = _ordered(traits, require, prefer)
     conflicts = (*source.conflicts, *destination.conflicts)
+    narrowed = _narrowed(traits, conflicts, wishes)
+    for name in narrowed:
+        traits[name] = replace(traits[name], rank=Rank.THRIFT)
+    order = _ordered(traits, require, prefer)
 
     taken: dict[str, Traits] = {}
     left_out: dict[str, Obstacle] = {}
@@ -78,7 +81,8 @@ def choose(
             continue
         if not settled and name not in wishes and traits[name].rank < Rank.SECURITY:
             settled = True
-            preferred = [path for path in prefer if path in _carriers(paths, taken)]
+            carriers = _carriers(paths, taken, conflicts)
+            preferred = [path for path in prefer if path in carriers]
             paths = tuple(preferred[:1]) or paths
         group = _with_required(name, traits)
         obstacle = _on_request(name, group, traits, taken, wishes) or _obstacle(
@@ -86,11 +90,18 @@ def choose(
         )
         if obstacle is None and traits[name].rank == Rank.THRIFT and name not in wishes:
             without, _ = _best_path(paths, taken, prefer, require, source, destination)
-            if not traits[name].carried_by(without, taken):
+            together = {**taken, **{member: traits[member] for member in group}}
+            if not _carriers([without], together, conflicts):
                 able = " or ".join(sorted(traits[name].paths))
                 obstacle = Obstacle(
                     f"it gains on the path {able} only, and {without} is better than that", PATH
                 )
+                if name in narrowed:
+                    at, why = narrowed[name]
+                    obstacle = Obstacle(
+                        f"not together with {at}: {why}; {without} is better than the rest",
+                        CONFLICT,
+                    )
         if obstacle is None:
             taken.update((member, traits[member]) for member in group)
             left_out = {key: one for key, one in left_out.items() if key not in taken}
@@ -99,11 +110,30 @@ def choose(
 
     for name in require:
         if name not in taken and name not in PATHS:
-            reason = left_out.get(name) or (given_up or {}).get(name)
-            reason = reason or Obstacle("one of the two sides does not have it", CONFLICT)
-            raise FeatureError(f"{name} is required but cannot be had: {reason}")
+            missing = left_out.get(name) or (given_up or {}).get(name)
+            missing = missing or Obstacle("one of the two sides does not have it", CONFLICT)
+            raise FeatureError(f"{name} is required but cannot be had: {missing}")
     path, path_reason = _best_path(paths, taken, prefer, require, source, destination)
     return Choice(tuple(sorted(taken)), path, path_reason, left_out)
+
+
+def _narrowed(
+    traits: Mapping[str, Traits], conflicts: Iterable[Conflict], wishes: Iterable[str]
+) -> dict[str, tuple[str, str]]:
+    """Features that are for speed, and that a QEMU must not have on some path.
+
+    They are no reason to take one that costs more.
+
+    :returns: of each, which path it is, and why.
+    """
+    found = {}
+    for conflict in conflicts:
+        for path in conflict.features.intersection(PATHS):
+            for name in conflict.features - {path}:
+                alone = len(conflict.features) == 2 and name in traits and name not in wishes
+                if alone and traits[name].rank == Rank.SPEED:
+                    found[name] = (path, conflict.reason)
+    return found
 
 
 def _ordered(
@@ -193,9 +223,12 @@ def _obstacle(
             return Obstacle(
                 f"not together with {' and '.join(others)}: {conflict.reason}", CONFLICT
             )
-    if not _carriers(paths, together):
-        carried = _carriers(paths, {member: traits[member] for member in group})
-        if not carried:
+    if not _carriers(paths, together, conflicts):
+        alone = {member: traits[member] for member in group}
+        if not _carriers(paths, alone, conflicts):
+            for path in _carriers(paths, alone):
+                if bad := _in_the_way(path, alone, conflicts):
+                    return Obstacle(f"not together with {path}: {bad.reason}", CONFLICT)
             able = ", ".join(sorted(traits[name].paths)) or "none"
             return Obstacle(
                 f"it needs another path ({able}) than is open or preferred ({', '.join(paths)})",
@@ -207,13 +240,26 @@ def _obstacle(
     return None
 
 
-def _carriers(paths: Iterable[str], features: Mapping[str, Traits]) -> list[str]:
+def _carriers(
+    paths: Iterable[str], features: Mapping[str, Traits], conflicts: Iterable[Conflict] = ()
+) -> list[str]:
     """The ``paths`` that carry all ``features``."""
     return [
         path
         for path in paths
         if all(traits.carried_by(path, features) for traits in features.values())
+        and _in_the_way(path, features, conflicts) is None
     ]
+
+
+def _in_the_way(
+    path: str, features: Mapping[str, Traits], conflicts: Iterable[Conflict]
+) -> Conflict | None:
+    """What makes ``path`` the wrong one for ``features``."""
+    for conflict in conflicts:
+        if path in conflict.features and conflict.features <= {*features, path}:
+            return conflict
+    return None
 
 
 def _best_path(
@@ -224,10 +270,11 @@ def _best_path(
     source: Terms,
     destination: Terms,
 ) -> tuple[str, str]:
-    able = _carriers(paths, taken)
+    conflicts = (*source.conflicts, *destination.conflicts)
+    able = _carriers(paths, taken, conflicts)
     wishes = [path for path in prefer if path in able]
     avoided = {
-        path: [name for name in sorted(taken) if path in taken[name].avoids] for path in able
+        path: [name for name in sorted(taken) if path in taken[name].avoids] for path in paths
     }
     path = (wishes or [path for path in able if not avoided[path]] or able)[0]
     reason = _WHY[path]
@@ -239,11 +286,19 @@ def _best_path(
         # Say what stood in the way of the paths that would have come first.
         for better in PATHS[: PATHS.index(path)]:
             closed = source.closed.get(better) or destination.closed.get(better)
-            blockers = [name for name in sorted(taken) if not taken[name].carried_by(better, taken)]
+            blockers = [
+                name
+                for name in sorted(taken)
+                if not taken[name].carried_by(better, taken)
+                and (taken[name].rank > Rank.THRIFT or name in (*require, *prefer))
+            ]
             if closed:
                 reason += f"; not {better}: {closed}"
             elif blockers:
                 reason += f"; not {better}: it cannot carry {' and '.join(blockers)}"
             elif avoided.get(better):
                 reason += f"; not {better}: {' and '.join(avoided[better])} costs more there"
+            elif bad := _in_the_way(better, taken, conflicts):
+                others = " and ".join(sorted(bad.features - {better}))
+                reason += f"; not {better}: not together with {others}: {bad.reason}"
     return path, reason

@@ -127,7 +127,10 @@ class Traits:
 
 @dataclass(frozen=True)
 class Conflict:
-    """Features that must not be combined in this migration, because ``reason``."""
+    """What must not be combined in this migration, because ``reason``.
+
+    :ivar features: names; a path among them is not to be taken for the others.
+    """
 
     features: frozenset[str]
     reason: str

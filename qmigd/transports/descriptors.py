@@ -168,12 +168,14 @@ class _Request:
 class _Planned:
     """The payload channels that one migration is going to want.
 
+    :ivar in_band: they begin in the handshake's in-band form.
     :ivar given: the channels that the app has handed over.
     :ivar kept: those of them that have not been asked for yet.
     """
 
     role: str
     channels: frozenset[tuple[str, int]]
+    in_band: bool = False
     given: set[tuple[str, int]] = field(default_factory=set)
     kept: dict[tuple[str, int], socket.socket] = field(default_factory=dict)
 
@@ -189,15 +191,23 @@ class ChannelRequests:
         self._planned: dict[str, _Planned] = {}
 
     def plan(
-        self, migration: str, guest: str, role: str, channels: Iterable[tuple[str, int]]
+        self,
+        migration: str,
+        guest: str,
+        role: str,
+        channels: Iterable[tuple[str, int]],
+        *,
+        in_band: bool = False,
     ) -> None:
         """Tell the app which payload channels a migration will want.
+
+        :param in_band: they begin in the handshake's in-band form.
 
         A source asks for each when it is to be opened.  A destination asks at once, and
         waits for as long as the migration lasts: they come when the source opens them.
         """
         channels = tuple(channels)
-        self._planned[migration] = _Planned(role, frozenset(channels))
+        self._planned[migration] = _Planned(role, frozenset(channels), in_band)
         who = {"id": migration, "guest": guest, "role": role}
         named = [{"name": name, "index": index} for name, index in channels]
         self._notify("CHANNEL_PLAN", {**who, "channels": named})
@@ -283,6 +293,11 @@ class ChannelRequests:
         planned.given.add(channel)
         planned.kept[channel] = sock
         return True
+
+    def in_band(self, migration: str) -> bool:
+        """Whether a migration's channels begin in the handshake's in-band form."""
+        planned = self._planned.get(migration)
+        return planned is not None and planned.in_band
 
     def withdraw(self, migration: str, error: QmigdError) -> None:
         """Whoever waits for a channel of this migration gets ``error`` instead."""

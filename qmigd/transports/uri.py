@@ -226,7 +226,7 @@ class InBandAddress(Generic[A]):
     inner: A
 
     def __str__(self) -> str:
-        return f"{_IN_BAND}{self.inner}"
+        return f"{IN_BAND}{self.inner}"
 
 
 #: Where a migration can go.
@@ -234,7 +234,8 @@ Place = Door | ExecAddress | FdAddress
 
 Address = Place | InBandAddress[Place]
 
-_IN_BAND = "in-band:"
+#: What stands before an address for the other form of the handshake.
+IN_BAND = "in-band:"
 
 
 def bare(address: A | InBandAddress[A]) -> A:
@@ -264,10 +265,10 @@ def parse_uri(text: str, argv: Sequence[str] = ()) -> Address:
     :param argv: a program and its arguments; the URI is ``exec:`` then, and no more.
     :raises ArgumentError: it is none of these; the text says what is wrong with it.
     """
-    if text.startswith(_IN_BAND):
-        inner = parse_uri(text.removeprefix(_IN_BAND), argv)
+    if text.startswith(IN_BAND):
+        inner = parse_uri(text.removeprefix(IN_BAND), argv)
         if isinstance(inner, InBandAddress):
-            raise ArgumentError(f'"{text}": {_IN_BAND} stands there once.')
+            raise ArgumentError(f'"{text}": {IN_BAND} stands there once.')
         return InBandAddress(inner)
     scheme, colon, rest = text.partition(":")
     if not colon:

@@ -115,14 +115,14 @@ class Daemon:
         self.directory = temporary_directory()
         self.monitor_path = os.path.join(self.directory, "monitor")
         table = {key.replace("_", "-"): value for key, value in daemon.items()}
+        form = "in-band:" if in_band else ""
         if namespace is not None:
-            listen = [f"tcp:{namespace.address}:{_PORT}"] if namespace.address else []
+            listen = [f"{form}tcp:{namespace.address}:{_PORT}"] if namespace.address else []
             table.setdefault("listen", listen)
             table.setdefault("direct-ports", "49152-49215")
             table.setdefault("insecure", True)
         else:
             ports = free_ports(_DIRECT_PORTS + 1)
-            form = "in-band:" if in_band else ""
             table.setdefault("listen", [f"{form}tcp:127.0.0.1:{ports[0]}"])
             table.setdefault("direct-ports", f"{ports[1]}-{ports[-1]}")
         table.setdefault("monitor", f"unix:{self.monitor_path}")
