@@ -37,8 +37,8 @@ CRAWL = 300_000
 LARGE, SMALL = Program(pages=3072, pages_per_tick=16), Program(pages=64)
 
 #: Machine types up to 7.2, and those of distributors, which may be as old.
-OLD_MACHINES = ("pc-i440fx-7.2", "pc-q35-6.0", "s390-ccw-virtio-7.2", "pc-q35-rhel9.2.0")
-NEW_MACHINES = ("pc-i440fx-8.0", "pc-q35-10.1", "virt-11.1", "microvm")
+OLD_MACHINES = ("pc-i440fx-7.2", "pc-q35-6.0", "s390-ccw-virtio-7.2", "virt-rhel9.2.0")
+NEW_MACHINES = ("pc-i440fx-8.0", "pc-q35-10.1", "virt-11.1", "microvm", "sbsa-ref")
 
 #: What a QEMU says of a connection that it did not expect.
 _TOO_MANY = "Extra incoming migration connection"

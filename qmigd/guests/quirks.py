@@ -62,6 +62,10 @@ ANY = Versions()
 POSTCOPY_WITHOUT_PAGES = Versions((10, 1))
 
 
+#: How the machine types begin that QEMU has in versions.
+_VERSIONED = ("pc-i440fx-", "pc-q35-", "pseries-", "s390-ccw-virtio-", "virt-")
+
+
 @dataclass(frozen=True)
 class Quirk:
     """One thing that goes wrong.
@@ -177,5 +181,5 @@ def _older(machine: str, limit: tuple[int, int]) -> bool:
     """
     match = re.search(r"-(\d+)\.(\d+)$", machine)
     if match is None:
-        return "-" in machine
+        return machine.startswith(_VERSIONED)
     return (int(match[1]), int(match[2])) <= limit
