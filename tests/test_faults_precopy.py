@@ -454,7 +454,7 @@ class ReleasedTests(FaultCase):
 
     def test_source_qmigd_first(self) -> None:
         """The same where it is back before the destination has woken up."""
-        pair = self.released("handover", "7.2", "10.0", link=True)
+        pair = self.released("handover", "7.2", "10.0")
         pair.here.kill()
         pair.here.restart()
         pair.there.process.signal(signal.SIGCONT)

@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from qmigd.errors import DeadlineError
+from qmigd.errors import DeadlineError, QmigdError
 from qmigd.interfaces import Guest
 from qmigd.migration.move import SETS_UP_WITHIN, Move
 from qmigd.migration.services import Deadlines, Services
@@ -35,14 +35,24 @@ class _Source:
         self.status = "cancelled" if self._ends else "cancelling"
 
 
+class _Ending(Move):
+    """A move of which nothing is left but its end."""
+
+    async def carry_out(self) -> None:
+        await self.end_migration()
+
+    async def settle(self, error: QmigdError | None) -> None:
+        """It is settled as it is."""
+
+
 class EndingTests(SynchronousTestCase):
     def end(self, source: _Source) -> Deferred[None]:
         """Have its migration ended."""
         self.clock = Clock()
         services = SimpleNamespace(reactor=self.clock, deadlines=Deadlines())
         record = Records(lambda *_: None).new("1", "vm", "source", "tcp:peer")
-        move = Move(cast(Services, services), record, cast(Guest, source))
-        return Deferred.fromCoroutine(move.end_migration())
+        move = _Ending(cast(Services, services), record, cast(Guest, source))
+        return Deferred.fromCoroutine(move.carry_out())
 
     def test_setup(self) -> None:
         """Not while it sets its migration up, but as soon as that is done."""

@@ -43,7 +43,6 @@ OVER = frozenset({"completed", "failed", "cancelled"})
 SETS_UP_WITHIN = 1.0
 
 
-
 class Move(ABC):
     """One side of one migration.
 
@@ -333,11 +332,7 @@ class Move(ABC):
         :raises DeadlineError: it does not, or does not answer, in time.
         """
         assert self.guest is not None
-        end = self.now() + SETS_UP_WITHIN
-        while (status := await self.look()) == "setup" and self.now() < end:
-            await self.rest(0.05)
-        if status not in {*OVER, "none"}:
-            await self.guest.cancel()
+        await self.cancel_migration()
         if not await self.over_within(self.services.deadlines.guest):
             raise DeadlineError("QEMU does not end its migration although it was cancelled")
 
