@@ -31,6 +31,7 @@ __all__ = [
     "ProtocolError",
     "QmigdError",
     "RemoteError",
+    "StreamError",
     "TlsError",
 ]
 
@@ -155,3 +156,20 @@ class MigrationError(LocalError):
     """The migration failed; the text has the reason."""
 
     code = "migration"
+
+
+class StreamError(LocalError):
+    """A migration stream, or a file with one, is cut, damaged, or none at all.
+
+    :ivar offset: where, in bytes from the beginning.
+    :ivar expected: what should be there.
+    :ivar found: what is.
+    """
+
+    code = "stream"
+
+    def __init__(self, offset: int, expected: str, found: str) -> None:
+        super().__init__(f"At offset {offset:#x}: expected {expected}, found {found}.")
+        self.offset = offset
+        self.expected = expected
+        self.found = found
