@@ -30,7 +30,7 @@ from qmigd.stream.format import DEFAULT_PAGE_SIZE, ENCODING_FLAG_XBZRLE, RamFlag
 from qmigd.stream.names import counted
 from qmigd.stream.pieces import Buffer
 
-__all__ = ["END_OF_SECTION", "HOOK", "MULTIFD_FLUSH", "RamWriter", "ram_of"]
+__all__ = ["END_OF_SECTION", "HOOK", "MULTIFD_FLUSH", "RamWriter", "ram_of", "view_of"]
 
 _U64: Final = struct.Struct(">Q")
 
@@ -90,11 +90,11 @@ class RamWriter:
         """
         places, parts, rest = self._begin(block, offsets, RamFlag.PAGE, named)
         if rest:
-            parts.append(_row(data[0]))
+            parts.append(view_of(data[0]))
         if len(places) > rest:
             records = self._records(places[rest:], out)
             records[:, _HEAD:] = data[rest:]
-            parts.append(_row(records.reshape(-1)))
+            parts.append(view_of(records))
         return parts
 
     def pages_of(
@@ -119,7 +119,7 @@ class RamWriter:
         if len(places) > rest:
             records = self._records(places[rest:], out)
             _gather(ram, numbers[rest:], records[:, _HEAD:])
-            parts.append(_row(records.reshape(-1)))
+            parts.append(view_of(records))
         return parts
 
     def zeros(
@@ -137,7 +137,7 @@ class RamWriter:
             records = np.empty((len(places) - rest, _HEAD + 1), np.uint8)
             records[:, :_HEAD] = places[rest:].view(np.uint8).reshape(-1, _HEAD)
             records[:, _HEAD] = fill
-            parts.append(_row(records.reshape(-1)))
+            parts.append(view_of(records))
         return parts
 
     def xbzrle(self, block: str, page: int, data: Buffer, *, named: bool | None = None) -> bytes:
@@ -204,6 +204,8 @@ def _gather(ram: NDArray[np.uint8], numbers: NDArray[np.int64], records: NDArray
         records[start:end] = ram[first : first + end - start]
 
 
-def _row(data: NDArray[np.uint8]) -> memoryview:
+def view_of(data: NDArray[np.uint8]) -> memoryview:
+    """Return an array's bytes; they are copied only where they are apart."""
     # An array is a buffer, which the types of some versions of numpy do not say.
-    return memoryview(np.ascontiguousarray(data))  # type: ignore[arg-type, unused-ignore]
+    flat = np.ascontiguousarray(data).reshape(-1)
+    return memoryview(flat)  # type: ignore[arg-type, unused-ignore]
