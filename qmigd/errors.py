@@ -17,6 +17,7 @@ __all__ = [
     "CommandNotFound",
     "ConfigError",
     "DeadlineError",
+    "DeviceNotFound",
     "FeatureError",
     "FileError",
     "GuestBusy",
@@ -114,6 +115,12 @@ class FileError(LocalError):
     """The file of a saved guest cannot be written or read, or is not a good one."""
 
     code = "file"
+
+
+class DeviceNotFound(LocalError):
+    """A memory guest was asked about a device that it does not have."""
+
+    code = "device-not-found"
 
 
 class GuestError(LocalError):

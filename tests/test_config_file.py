@@ -349,7 +349,8 @@ class BadFileTests(SynchronousTestCase):
             self.refused("[demon]"),
         )
         self.assertEqual(
-            "q.toml, line 3: [guest.g] has no key 'pid'; there are qmp, launch, legacy-listen.",
+            "q.toml, line 3: [guest.g] has no key 'pid'; there are qmp, launch, memory, "
+            "legacy-listen.",
             self.refused('[guest.g]\nqmp = "unix:/a"\npid = 4'),
         )
 
@@ -470,7 +471,8 @@ class BadFileTests(SynchronousTestCase):
             "  line 2: [daemon] insecure must be true or false, not a whole number.\n"
             "  line 3: [daemon] has no key 'listn'; did you mean 'listen'?\n"
             "  line 4: [guest.g] needs exactly one of qmp, the socket of a QEMU that runs, "
-            "and launch, the command that starts one to receive a guest.",
+            "launch, the command that starts one to receive a guest, and memory, a guest without a "
+            "QEMU.",
             self.refused("[daemon]\ninsecure = 1\nlistn = []\n[guest.g]\n"),
         )
 

@@ -118,9 +118,9 @@ GUEST = Struct(
     "A guest that this daemon knows.",
     (
         Member("name", STR, "What the commands call it."),
-        Member("backend", STR, "What kind of guest it is: `qemu`."),
+        Member("backend", STR, "What kind of guest it is: `qemu` or `memory`."),
         Member("qmp", STR, "The URI of its QMP socket; absent with `launch`.", optional=True),
-        Member("launch", BOOL, "The daemon starts this QEMU itself, to receive a guest."),
+        Member("launch", BOOL, "The daemon starts this guest's process itself."),
         Member("configured", BOOL, "It stands in the configuration file."),
         Member(
             "state",

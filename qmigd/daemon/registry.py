@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 
 from ..api import nearest
 from ..errors import DeadlineError, GuestBusy, GuestError, GuestGone, GuestNotFound
 from ..guests.launch import Launcher
+from ..guests.memory.options import moved_away
 from ..guests.qemu import QemuGuest
 from ..interfaces import Guest
 from ..migration.move import OVER
@@ -20,6 +22,8 @@ from ..waiting import with_deadline
 from .config import GuestConfig
 
 __all__ = ["GuestRegistry"]
+
+log = Logger()
 
 #: Seconds that a guest may still be in the hands of a migration that is just ending.
 SETTLING = 1.0
@@ -40,6 +44,10 @@ class _Entry:
     launched_for: str | None = None
     #: Who waits for it to be free.
     waiting: list[Deferred[None]] = field(default_factory=list)
+
+    @property
+    def backend(self) -> str:
+        return QemuGuest.backend if self.config.memory is None else "memory"
 
     @property
     def qmp(self) -> str:
@@ -65,11 +73,28 @@ class GuestRegistry:
         }
 
     def _launcher(self, config: GuestConfig, state_dir: Path) -> Launcher | None:
-        if not config.launch:
+        if not config.command:
             return None
         return Launcher(
-            self._reactor, config.name, config.launch, state_dir, deadline=3 * self._deadline
+            self._reactor, config.name, config.command, state_dir, deadline=3 * self._deadline
         )
+
+    async def start_guests(self) -> None:
+        """Start the memory guests that are to run here, and do not.
+
+        One that was moved away is left where it is.
+        """
+        for name, entry in self._entries.items():
+            memory, launcher = entry.config.memory, entry.launcher
+            if memory is None or memory.incoming or launcher is None:
+                continue
+            if moved_away(launcher.qmp):
+                log.info("guest {name} was moved away from here, and is not started", name=name)
+            elif not await launcher.running():
+                try:
+                    await launcher.start(incoming=False)
+                except GuestError as error:
+                    log.error("guest {name} does not start: {error}", name=name, error=error.text)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -111,7 +136,7 @@ class GuestRegistry:
         for name, entry in list(self._entries.items()):
             shown: dict[str, Any] = {
                 "name": name,
-                "backend": QemuGuest.backend,
+                "backend": entry.backend,
                 "qmp": entry.qmp,
                 "launch": entry.launcher is not None,
                 "configured": entry.configured,
@@ -279,7 +304,11 @@ class GuestRegistry:
             raise GuestNotFound(self.unknown(name)) from None
 
     def _guest(self, entry: _Entry) -> QemuGuest:
-        return QemuGuest(self._reactor, entry.config.name, entry.qmp, deadline=self._deadline)
+        return QemuGuest(
+            *(self._reactor, entry.config.name, entry.qmp),
+            deadline=self._deadline,
+            backend=entry.backend,
+        )
 
     def _check_free(self, entry: _Entry) -> None:
         if entry.migration is not None:

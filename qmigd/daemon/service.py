@@ -181,6 +181,7 @@ class QmigdService(Service):
                 # The guests are reserved at once; QEMU may still take its time.
                 Deferred.fromCoroutine(recover(self._services, migration, role, entry))
             self._movers.start()
+            Deferred.fromCoroutine(self._guests.start_guests())
             for uri in self._config.daemon.listen:
                 factory = IncomingFactory(
                     self._services,

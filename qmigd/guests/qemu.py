@@ -53,13 +53,21 @@ class QemuGuest:
     backend = "qemu"
 
     def __init__(
-        self, reactor: Any, name: str, qmp: str, *, deadline: float = COMMAND_DEADLINE
+        self,
+        reactor: Any,
+        name: str,
+        qmp: str,
+        *,
+        deadline: float = COMMAND_DEADLINE,
+        backend: str = backend,
     ) -> None:
         """:param name: the guest's name in qmigd.
         :param qmp: where its QMP is, ``unix:PATH`` or ``tcp:HOST:PORT``.
         :param deadline: seconds that each command has.
+        :param backend: what kind of guest it is, where it only behaves like a QEMU.
         """
         self.name = name
+        self.backend = backend
         self.qmp = qmp
         self._reactor = reactor
         self._deadline = deadline
