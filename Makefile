@@ -14,7 +14,8 @@ HOST := tests/rig/host.sh
 .PHONY: help setup qemus kernel demo test test-kernel lint bench docs clean
 
 help:
-	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how"
+	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how;"
+	@echo "            GUEST=memory moves qmigd's own guest, which takes no QEMU"
 	@echo "make test   run all tests; TESTS=tests.test_rig for some of them"
 	@echo "make test-kernel  only those that boot a kernel with everything; KERNEL=bookworm-backports,"
 	@echo "            or any other suite of Debian's, chooses which (now: $(or $(KERNEL),bookworm))"
@@ -27,8 +28,8 @@ help:
 	@echo "PYTHON=/path/to/python3.11 chooses the Python to start with (now: $(PYTHON))."
 
 demo: setup
-	@$(HOST) qemu-system-x86_64
-	@$(BIN)/python -m tests.demo
+	@if [ "$(GUEST)" != memory ]; then $(HOST) qemu-system-x86_64; fi
+	@$(BIN)/python -m tests.demo $(if $(GUEST),--guest $(GUEST))
 
 test: kernel
 	@$(BIN)/trial --temp-directory=build/trial $(TESTS)

@@ -52,6 +52,12 @@ class MemoryGuest:
         ask_until(lambda: self.alive, lambda: f"{self.name} to answer; {self.log}")
         return self
 
+    def adopt(self) -> MemoryGuest:
+        """Know the process that a daemon has started."""
+        pid = int(self.clock()["here"].rpartition(":")[2])
+        self._process = Process.adopt(pid)
+        return self
+
     @property
     def process(self) -> Process:
         assert self._process is not None
