@@ -141,6 +141,12 @@ class MemoryGuest:
             self._process.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def __enter__(self) -> MemoryGuest:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
 
 def moved_whole(source: MemoryGuest, destination: MemoryGuest, *, ended: bool = False) -> None:
     """Check that a guest has gone over whole, and runs at the destination alone.
