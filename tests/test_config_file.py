@@ -119,6 +119,7 @@ class GoodFileTests(SynchronousTestCase):
             {
                 "one": GuestConfig("one", qmp="/run/one"),
                 "two three": GuestConfig("two three", launch=("sh", "-c", "true")),
+                "three": GuestConfig("three", memory=MemoryOptions(64 << 20, incoming=True)),
             },
             config.guests,
         )
@@ -155,7 +156,7 @@ class GoodFileTests(SynchronousTestCase):
                 "handshake-deadline", "peer-deadline", "guest-deadline",
                 "certificate", "key", "ca", "allow",
                 "tls", "prefer", "require", "exclude", "source-after", "legacy", "qmp", "launch",
-                "legacy-listen",
+                "memory", "legacy-listen",
             },
             keys,
         )  # fmt: skip

@@ -52,8 +52,8 @@ class MemoryOptions:
     :ivar size: bytes of RAM.
     :ivar dirty_rate: bytes a second that it writes while it runs.
     :ivar pattern: one of :data:`PATTERNS`.
-    :ivar working_set: bytes that it writes over and over; the RAM's second half and more is
-        left alone with the default, half of the size.
+    :ivar working_set: bytes at the end of the RAM that it writes over and over; ``None``: half
+        of it.
     :ivar fill: one of :data:`FILLS`.
     :ivar incoming: it is not started with the daemon: it waits for a guest to come in.
     """
