@@ -43,7 +43,9 @@ _HARMLESS = {
     "enum", "functools", "hashlib", "hmac", "ipaddress", "itertools", "json", "math", "operator",
     "re", "secrets", "string", "struct", "types", "typing", "uuid", "zope",
     # what a stream's pages are computed with: arrays, and the two compressions
-    "numpy", "zlib", "zstd", "backports",
+    "numpy", "zlib", "zstd", "backports", "compression",
+    # for its version
+    "sys",
 }  # fmt: skip
 
 #: Calls that are I/O without an import.

@@ -159,7 +159,7 @@ class MappedHeader:
     """Where a block's bitmap and pages are in a file written with ``mapped-ram``.
 
     :ivar page_size: bytes that one bit of the bitmap stands for.
-    :ivar bitmap_offset: from the beginning of QEMU's part of the file, as the next.
+    :ivar bitmap_offset: in the file, whatever is in front of QEMU's part; so is the next.
     :ivar pages_offset: where the page at 0 is.
     """
 
