@@ -74,16 +74,26 @@ class Proxy:
         with contextlib.suppress(OSError):
             while not self._closed:
                 source, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(source,), daemon=True).start()
+                self._take(source)
 
-    def _serve(self, source: socket.socket) -> None:
-        """Carry one connection; its sockets are closed when both directions have ended."""
-        with contextlib.suppress(OSError), source:
+    def _take(self, source: socket.socket) -> None:
+        """Go on with a connection.
+
+        The next one has to wait: by their order a QEMU before 8.0 knows which is which.
+        """
+        try:
             destination = self._connect()
-            with destination:
-                back = threading.Thread(target=self._back, args=(destination, source), daemon=True)
-                self._forth(source, destination, back)
-                back.join()
+        except OSError:
+            source.close()
+            return
+        threading.Thread(target=self._serve, args=(source, destination), daemon=True).start()
+
+    def _serve(self, source: socket.socket, destination: socket.socket) -> None:
+        """Carry one connection; its sockets are closed when both directions have ended."""
+        with contextlib.suppress(OSError), source, destination:
+            back = threading.Thread(target=self._back, args=(destination, source), daemon=True)
+            self._forth(source, destination, back)
+            back.join()
 
     def passed_on(self, data: bytes, source: socket.socket, *, by_source: bool) -> bytes:
         """Say what goes on where these bytes have come."""
@@ -157,10 +167,10 @@ class Deaf(Proxy):
         self._served = connections
         super().__init__(int(uri.rpartition(":")[2]))
 
-    def _serve(self, source: socket.socket) -> None:
+    def _take(self, source: socket.socket) -> None:
         if self._served:
             self._served -= 1
-            super()._serve(source)
+            super()._take(source)
         else:
             self._pairs.append((True, source, source))
 
