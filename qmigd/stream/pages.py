@@ -327,10 +327,10 @@ def _mapped(
         yield Bitmap(where, block.name, start, view)
     yield from _pass(window, header.pages_offset, block.name)
     while (left := end - window.position) > 0:
-        count = min(left, (yield from window.some(f"the pages of {block.name!r}")))
-        count = min(end - window.position, count)  # some of it may have been skipped
+        count = yield from window.some(f"{left} bytes of the pages of {block.name!r}")
+        count = min(count, end - window.position)
         if count <= 0:
-            break
+            break  # the rest has been skipped meanwhile
         where = window.position
         view = window.view[window.index : window.index + count]
         window.index += count
@@ -341,7 +341,8 @@ def _pass(window: Window, position: int, name: str) -> Steps[None]:
     """Pass over what is not used."""
     while (left := position - window.position) > 0:
         count = yield from window.some(f"{left} bytes before the pages of {name!r}")
-        window.index += min(count, position - window.position)
+        # some of it may have been skipped meanwhile
+        window.index += max(min(count, position - window.position), 0)
 
 
 def _flags(flags: int) -> str:

@@ -27,7 +27,7 @@ is told by the description only, which comes last.  There are two ways:
   section header with a name, or a command with the length that it has to have, or one byte 00.  A
   device would have to have its own id behind 7e in its state, and something of the sort behind
   that, to be cut in the wrong place; whether one was is seen as soon as the description has come,
-  since then its size is known (:func:`~qmigd.stream.devices.decode`).
+  since then its size is known (:meth:`~qmigd.stream.devices.Device.decode`).
 
 Streams of machine types without footers (up to 2.3) therefore need the sizes, but for RAM.
 """
