@@ -50,8 +50,8 @@ class Newer(Proxy):
         self.stray = stray
         super().__init__(int(uri.rpartition(":")[2]))
 
-    def _serve(self, source: socket.socket, destination: socket.socket) -> None:
-        with contextlib.suppress(OSError), source, destination:
+    def _serve(self, source: socket.socket) -> None:
+        with contextlib.suppress(OSError), source, self._connect() as destination:
             greeting = greet(destination)
             source.sendall(
                 MAGIC

@@ -12,7 +12,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
-__all__ = ["Deaf", "Proxy", "Recorder", "Tamperer"]
+__all__ = ["Deaf", "OrderlyRecorder", "Proxy", "Recorder", "Tamperer"]
 
 
 class Proxy:
@@ -74,23 +74,15 @@ class Proxy:
         with contextlib.suppress(OSError):
             while not self._closed:
                 source, _ = self._listener.accept()
-                self._take(source)
+                threading.Thread(target=self._serve, args=(source,), daemon=True).start()
 
-    def _take(self, source: socket.socket) -> None:
-        """Go on with a connection.
-
-        The next one has to wait: by their order a QEMU before 8.0 knows which is which.
-        """
-        try:
-            destination = self._connect()
-        except OSError:
-            source.close()
-            return
-        threading.Thread(target=self._serve, args=(source, destination), daemon=True).start()
-
-    def _serve(self, source: socket.socket, destination: socket.socket) -> None:
+    def _serve(self, source: socket.socket) -> None:
         """Carry one connection; its sockets are closed when both directions have ended."""
-        with contextlib.suppress(OSError), source, destination:
+        with contextlib.suppress(OSError), source:
+            self._carry(source, self._connect())
+
+    def _carry(self, source: socket.socket, destination: socket.socket) -> None:
+        with destination:
             back = threading.Thread(target=self._back, args=(destination, source), daemon=True)
             self._forth(source, destination, back)
             back.join()
@@ -159,6 +151,25 @@ class Recorder(Proxy):
         return [(bytes(one.there), bytes(one.back)) for one in self._recorded.values()]
 
 
+class OrderlyRecorder(Recorder):
+    """The same, for QEMUs: the destination gets the connections in the order that they are made in.
+
+    Up to 7.2 that is how it tells its main channel from the others.
+    """
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while not self._closed:
+                source, _ = self._listener.accept()
+                self._recorded[source] = _Bytes()
+                pair = (source, self._connect())
+                threading.Thread(target=self._both, args=pair, daemon=True).start()
+
+    def _both(self, source: socket.socket, destination: socket.socket) -> None:
+        with contextlib.suppress(OSError), source:
+            self._carry(source, destination)
+
+
 class Deaf(Proxy):
     """Takes some connections, and then says nothing on any other."""
 
@@ -167,10 +178,10 @@ class Deaf(Proxy):
         self._served = connections
         super().__init__(int(uri.rpartition(":")[2]))
 
-    def _take(self, source: socket.socket) -> None:
+    def _serve(self, source: socket.socket) -> None:
         if self._served:
             self._served -= 1
-            super()._take(source)
+            super()._serve(source)
         else:
             self._pairs.append((True, source, source))
 
