@@ -262,8 +262,8 @@ class Packer:
             size = len(packed)
         flags = self._flags | (SYNC if sync else 0)
         head = self._head(flags, number, self.room, len(first), len(second), size, block)
-        head[_PAGES.size :][: first.nbytes] = first.tobytes()
-        head[_PAGES.size + first.nbytes :][: second.nbytes] = second.tobytes()
+        places = first.tobytes() + second.tobytes()
+        head[_PAGES.size : _PAGES.size + len(places)] = places
         return [head, *payload]
 
     def sync(self, number: int) -> Buffer:
@@ -455,7 +455,8 @@ class Unpacker(Decoder[Initial | PageData | DeviceState]):
 
     def _format(self) -> Format:
         self._between = False
-        self._events.append(read_initial((yield INITIAL_SIZE), self.position))
+        beginning = yield INITIAL_SIZE
+        self._events.append(read_initial(beginning, self.position))
         while True:
             self._between = True
             head = yield HEAD_SIZE
