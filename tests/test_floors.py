@@ -52,8 +52,9 @@ _HARMLESS = {
 _IO_CALLS = {"open", "input", "print"}
 
 #: Where a built-in feature may be named: its own room, the table of what a QEMU gets
-#: wrong, and the list of QEMU's URI schemes, which has words of the same kind.
-_MAY_NAME = ("features/", "guests/quirks.py", "transports/uri.py")
+#: wrong, the list of QEMU's URI schemes, which has words of the same kind, and QEMU's stream,
+#: which has parts by these names.
+_MAY_NAME = ("features/", "guests/quirks.py", "transports/uri.py", "stream/")
 
 #: ``tls`` is the name of other things as well: of a table and a key of the configuration,
 #: which sentences about them name, of what the handshake itself goes over to, of the kernel's
@@ -70,6 +71,8 @@ _NAMESAKE_OF = {
         "errors.py",
         "wire/greeting.py",
     },
+    # a kind of channel that a file may have been captured from
+    "multifd": {"cli/inspecting.py", "cli/options.py"},
 }
 
 

@@ -18,8 +18,9 @@ from qmigd.stream.events import (
     Xbzrle,
 )
 from qmigd.stream.format import CommandNumber, RamBlock
-from qmigd.stream.multifd import Unpacker
-from qmigd.stream.ram import MultifdImage, Packet, RamImage
+from qmigd.stream.joining import join
+from qmigd.stream.multifd import DeviceState, Initial, PageData, Unpacker
+from qmigd.stream.ram import RamImage
 from qmigd.stream.reader import Reader
 from tests.rig.bootsector import Program
 from tests.rig.case import RigCase
@@ -55,7 +56,7 @@ def events(reader: Reader, data: bytes) -> Iterator[Event]:
     yield from reader.close()
 
 
-def packets(data: bytes) -> Iterator[Packet]:
+def packets(data: bytes) -> Iterator[Initial | PageData | DeviceState]:
     """Read a whole multifd channel."""
     unpacker = Unpacker()
     for piece in pieces(data):
@@ -263,8 +264,6 @@ class CapturedTests(StreamCase):
 
     def merged(self, main: bytes, channels: Sequence[bytes]) -> RamImage:
         image = RamImage(place)
-        merged = MultifdImage(image, [packets(channel) for channel in channels])
-        for event in events(Reader(), main):
-            merged.take(event)
-        merged.finish()
+        for event in join(events(Reader(), main), [packets(channel) for channel in channels]):
+            image.take(event)
         return image

@@ -278,23 +278,9 @@ class Report:
         return sum((block.pages for block in self.summary.blocks.values()), Counter())
 
     def _capabilities(self) -> list[str]:
-        """Return those that the stream or the head names, and those that it shows."""
-        summary = self.summary
-        named: list[str] = []
-        if summary.configuration is not None:
-            named += summary.configuration.capabilities or ()
-        if self.stream.head is not None:
-            named += self.stream.head.features
-        pages = self._pages()
-        shown = {
-            "return-path": summary.commands["open-return-path"],
-            "postcopy-ram": summary.commands["postcopy-advise"],
-            "xbzrle": pages["xbzrle"],
-            "compress": pages["compressed"],
-            "multifd": summary.flushes or summary.channels,
-            "x-colo": summary.commands["enable-colo"],
-        }
-        return list(dict.fromkeys([*named, *(name for name, seen in shown.items() if seen)]))
+        """Return those that the head names, and those that the stream names or shows."""
+        features = () if self.stream.head is None else self.stream.head.features
+        return list(dict.fromkeys([*features, *self.summary.capabilities()]))
 
     def _devices(self) -> Iterator[tuple[Section, dict[str, Value] | str]]:
         """Decode the devices; with a sentence for each that cannot be."""

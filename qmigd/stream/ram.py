@@ -1,15 +1,14 @@
 """Rebuilds a guest's RAM out of a stream's events.
 
-Offers :class:`RamImage`, which takes events and keeps the RAM as it is at that point, and
-:class:`MultifdImage` for a stream whose pages come through multifd channels beside it.  Where the
-RAM goes is the caller's: for each block it is asked for something that can be written to, an
-array of bytes, or a map of a file or of a memfd.
+Offers :class:`RamImage`, which takes events and keeps the RAM as it is at that point (for those of
+several channels see ``joining``).  Where the RAM goes is the caller's: for each block it is asked
+for something that can be written to, an array of bytes, or a map of a file or of a memfd.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -23,22 +22,15 @@ from qmigd.stream.events import (
     Event,
     MappedBlock,
     MappedPages,
-    MultifdFlush,
     Pages,
     RamBlocks,
-    SectionEnd,
-    SectionStart,
     Xbzrle,
     Zeros,
 )
-from qmigd.stream.format import DEFAULT_PAGE_SIZE, RAM_NAME, RamBlock
-from qmigd.stream.multifd import DeviceState, Initial, PageData
+from qmigd.stream.format import DEFAULT_PAGE_SIZE, RamBlock
 from qmigd.stream.pages import zero_pages
 
-__all__ = ["Allocate", "MultifdImage", "Packet", "RamImage"]
-
-#: What comes through a multifd channel.
-Packet: TypeAlias = Initial | PageData | DeviceState
+__all__ = ["Allocate", "RamImage"]
 
 #: Makes the place for a block: as long as that, and all zeros.  It may refuse, by a StreamError or
 #: any error of its own, a length that it does not believe.
@@ -178,61 +170,3 @@ class RamImage:
                     rows[number : number + pages][bits] = there[bits]
             start += count
             data = data[count:]
-
-
-class MultifdImage:
-    """The RAM of a stream and of the multifd channels that were captured beside it.
-
-    Within a round the pages of all channels can be taken in any order, since none is sent twice.
-    A round ends in the stream with MULTIFD_FLUSH, and in each channel with SYNC. The machine types
-    up to 8.0 have no MULTIFD_FLUSH: there it ends with each section of RAM.
-    """
-
-    def __init__(self, image: RamImage, channels: Iterable[Iterable[Packet]]) -> None:
-        """
-        :param image: takes everything.
-        :param channels: what came through each, which is asked for as late as can be.
-        """
-        self._image = image
-        self._channels = [iter(channel) for channel in channels]
-        self._flushes: bool | None = None
-        self._ram = False
-
-    def take(self, event: Event) -> None:
-        """Take an event of the stream in, and what has come through the channels by then.
-
-        :raises StreamError: a channel has come to its end before, or something is wrong in it.
-        """
-        self._image.take(event)
-        if isinstance(event, SectionStart):
-            self._ram = event.name == RAM_NAME
-        elif isinstance(event, MultifdFlush):
-            self._flushes = True
-            self._round(event.at)
-        elif isinstance(event, SectionEnd) and self._ram:
-            self._flushes = bool(self._flushes)
-            if not self._flushes:
-                self._round(event.at)
-
-    def finish(self) -> None:
-        """Take in what is left in the channels: the stream has ended."""
-        for channel in self._channels:
-            for packet in channel:
-                self._packet(packet)
-
-    def _round(self, at: int) -> None:
-        for number, channel in enumerate(self._channels):
-            for packet in channel:
-                self._packet(packet)
-                if isinstance(packet, PageData) and packet.packet.sync:
-                    break
-            else:
-                raise StreamError(at, f"SYNC in multifd channel {number} as well", "its end")
-
-    def _packet(self, packet: Packet) -> None:
-        if isinstance(packet, PageData):
-            pages = packet.packet
-            if len(pages.normal):
-                self._image.take(Pages(packet.at, pages.block, pages.normal, packet.data))
-            if len(pages.zero):
-                self._image.take(Zeros(packet.at, pages.block, pages.zero))

@@ -238,6 +238,20 @@ class Summary:
         """Say where the stream has ended."""
         self._until(position)
 
+    def capabilities(self) -> list[str]:
+        """Return QEMU's capabilities that the stream names, and those that it shows."""
+        named = self.configuration.capabilities if self.configuration else None
+        kinds = {kind for block in self.blocks.values() for kind in block.pages}
+        shown = {
+            "return-path": self.commands["open-return-path"],
+            "postcopy-ram": self.commands["postcopy-advise"],
+            "xbzrle": "xbzrle" in kinds,
+            "compress": "compressed" in kinds,
+            "multifd": self.flushes or self.channels,
+            "x-colo": self.commands["enable-colo"],
+        }
+        return [*(named or ()), *(name for name, seen in shown.items() if seen)]
+
     def take_packet(self, channel: int, packet: Initial | PageData | DeviceState) -> None:
         """Count what came through a multifd channel.
 

@@ -79,9 +79,9 @@ class Proxy:
     def _serve(self, source: socket.socket) -> None:
         """Carry one connection; its sockets are closed when both directions have ended."""
         with contextlib.suppress(OSError), source:
-            self._carry(source, self._connect())
+            self._join(source, self._connect())
 
-    def _carry(self, source: socket.socket, destination: socket.socket) -> None:
+    def _join(self, source: socket.socket, destination: socket.socket) -> None:
         with destination:
             back = threading.Thread(target=self._back, args=(destination, source), daemon=True)
             self._forth(source, destination, back)
@@ -167,7 +167,7 @@ class OrderlyRecorder(Recorder):
 
     def _both(self, source: socket.socket, destination: socket.socket) -> None:
         with contextlib.suppress(OSError), source:
-            self._carry(source, destination)
+            self._join(source, destination)
 
 
 class Deaf(Proxy):
