@@ -153,9 +153,9 @@ class Reader:
         self._window.keep()
 
     def skip(self, count: int) -> None:
-        """Leave out bytes that are not wanted, in the place of a block's pages in ``mapped-ram``.
+        """Leave out bytes that are not wanted, up to where a :class:`MappedBlock` ends.
 
-        To be called before anything else is fed, with no more bytes than the block has left.
+        To be called when all that was fed was used up, and with no more bytes than that.
         """
         self._window.skip(count)
 
