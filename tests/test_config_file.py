@@ -21,6 +21,7 @@ from qmigd.daemon.config import (
 )
 from qmigd.daemon.toml_lines import find_lines
 from qmigd.errors import ArgumentError, ConfigError
+from qmigd.guests.memory.options import MemoryOptions
 from qmigd.negotiation.allow import Allow
 from qmigd.negotiation.policy import Policy
 from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress
@@ -86,6 +87,8 @@ class GoodFileTests(SynchronousTestCase):
             qmp = "unix:/run/one"
             [guest."two three"]
             launch = ["sh", "-c", "true"]
+            [guest.three]
+            memory = { size = "64M", incoming = true }
             """
         )
         daemon = config.daemon

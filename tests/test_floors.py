@@ -52,9 +52,13 @@ _HARMLESS = {
 _IO_CALLS = {"open", "input", "print"}
 
 #: Where a built-in feature may be named: its own room, the table of what a QEMU gets
-#: wrong, the memory guest, whose capabilities have QEMU's names as a QEMU's own have, and the
-#: list of QEMU's URI schemes, which has words of the same kind.
-_MAY_NAME = ("features/", "guests/memory/", "guests/quirks.py", "transports/uri.py")
+#: wrong, the memory guest, whose capabilities have QEMU's names as a QEMU's own have, the list of
+#: QEMU's URI schemes, which has words of the same kind, and QEMU's stream, which has parts by
+#: these names.
+_MAY_NAME = (
+    *("features/", "guests/memory/", "guests/quirks.py"),
+    *("stream/", "transports/uri.py"),
+)
 
 #: ``tls`` is the name of other things as well: of a table and a key of the configuration,
 #: which sentences about them name, of what the handshake itself goes over to, of the kernel's
@@ -71,6 +75,8 @@ _NAMESAKE_OF = {
         "errors.py",
         "wire/greeting.py",
     },
+    # a kind of channel that a file may have been captured from
+    "multifd": {"cli/inspecting.py", "cli/options.py"},
 }
 
 

@@ -72,6 +72,10 @@ def _local(options: argparse.Namespace) -> Exit:
             from . import far_end
 
             return far_end.run(options)
+        if options.command == "inspect":
+            from . import inspecting
+
+            return inspecting.run(options)
         from . import pki
 
         return pki.run(options)

@@ -455,7 +455,8 @@ class Unpacker(Decoder[Initial | PageData | DeviceState]):
 
     def _format(self) -> Format:
         self._between = False
-        self._events.append(read_initial((yield INITIAL_SIZE), self.position))
+        beginning = yield INITIAL_SIZE
+        self._events.append(read_initial(beginning, self.position))
         while True:
             self._between = True
             head = yield HEAD_SIZE

@@ -317,31 +317,37 @@ def _mapped(
         )
     end = header.pages_offset + block.length
     yield MappedBlock(at, block, end)
-    yield from _pass(window, header.bitmap_offset, block.name)
-    while (left := header.bitmap_offset + size - window.position) > 0:
-        count = min(left, (yield from window.some(f"the bitmap of {block.name!r}")))
-        where = window.position
-        start = where - header.bitmap_offset
-        view = window.view[window.index : window.index + count]
-        window.index += count
-        yield Bitmap(where, block.name, start, view)
-    yield from _pass(window, header.pages_offset, block.name)
-    while (left := end - window.position) > 0:
-        count = min(left, (yield from window.some(f"the pages of {block.name!r}")))
-        count = min(end - window.position, count)  # some of it may have been skipped
-        if count <= 0:
-            break
-        where = window.position
-        view = window.view[window.index : window.index + count]
-        window.index += count
-        yield MappedPages(where, block.name, where - header.pages_offset, view)
+    yield from _pass(window, header.bitmap_offset, f"the place of the bitmap of {block.name!r}")
+    bitmap_end = header.bitmap_offset + size
+    while count := (yield from _within(window, bitmap_end, f"the bitmap of {block.name!r}")):
+        at = window.position
+        yield Bitmap(at, block.name, at - header.bitmap_offset, _view(window, count))
+    yield from _pass(window, header.pages_offset, f"the place of the pages of {block.name!r}")
+    while count := (yield from _within(window, end, f"the pages of {block.name!r}")):
+        at = window.position
+        yield MappedPages(at, block.name, at - header.pages_offset, _view(window, count))
 
 
-def _pass(window: Window, position: int, name: str) -> Steps[None]:
+def _within(window: Window, end: int, expected: str) -> Steps[int]:
+    """Wait for something in front of an offset; returns how many bytes, 0 if that is reached.
+
+    While it waits, some may be skipped.
+    """
+    if window.position >= end:
+        return 0
+    count = yield from window.some(f"{expected}, up to {end:#x}")
+    return max(min(count, end - window.position), 0)
+
+
+def _pass(window: Window, end: int, expected: str) -> Steps[None]:
     """Pass over what is not used."""
-    while (left := position - window.position) > 0:
-        count = yield from window.some(f"{left} bytes before the pages of {name!r}")
-        window.index += min(count, position - window.position)
+    while count := (yield from _within(window, end, expected)):
+        window.index += count
+
+
+def _view(window: Window, count: int) -> memoryview:
+    window.index += count
+    return window.view[window.index - count : window.index]
 
 
 def _flags(flags: int) -> str:

@@ -27,7 +27,7 @@ is told by the description only, which comes last.  There are two ways:
   section header with a name, or a command with the length that it has to have, or one byte 00.  A
   device would have to have its own id behind 7e in its state, and something of the sort behind
   that, to be cut in the wrong place; whether one was is seen as soon as the description has come,
-  since then its size is known (:func:`~qmigd.stream.devices.decode`).
+  since then its size is known (:meth:`~qmigd.stream.devices.Device.decode`).
 
 Streams of machine types without footers (up to 2.3) therefore need the sizes, but for RAM.
 """
@@ -153,9 +153,9 @@ class Reader:
         self._window.keep()
 
     def skip(self, count: int) -> None:
-        """Leave out bytes that are not wanted, in the place of a block's pages in ``mapped-ram``.
+        """Leave out bytes that are not wanted, up to where a :class:`MappedBlock` ends.
 
-        To be called before anything else is fed, with no more bytes than the block has left.
+        To be called when all that was fed was used up, and with no more bytes than that.
         """
         self._window.skip(count)
 

@@ -71,6 +71,7 @@ class RamWriter:
         """:param page_size: the target's, in bytes."""
         self.block = ""
         self._page_size = page_size
+        self._record = np.dtype([("head", ">u8"), ("page", f"V{page_size}")])
 
     def pages(
         self,
@@ -92,9 +93,9 @@ class RamWriter:
         if rest:
             parts.append(view_of(data[0]))
         if len(places) > rest:
-            records = self._records(places[rest:], out)
-            records[:, _HEAD:] = data[rest:]
-            parts.append(view_of(records))
+            records, view = self._records(places[rest:], out)
+            records["page"] = self._whole(data[rest:])
+            parts.append(view)
         return parts
 
     def pages_of(
@@ -117,9 +118,9 @@ class RamWriter:
         if rest:
             parts.append(bytes(ram[numbers[0]]))
         if len(places) > rest:
-            records = self._records(places[rest:], out)
-            _gather(ram, numbers[rest:], records[:, _HEAD:])
-            parts.append(view_of(records))
+            records, view = self._records(places[rest:], out)
+            _gather(self._whole(ram), numbers[rest:], records["page"])
+            parts.append(view)
         return parts
 
     def zeros(
@@ -181,16 +182,22 @@ class RamWriter:
 
     def _records(
         self, places: NDArray[np.uint64], out: NDArray[np.uint8] | None
-    ) -> NDArray[np.uint8]:
-        size = _HEAD + self._page_size
-        if out is None or out.size < len(places) * size:
-            out = np.empty(len(places) * size, np.uint8)
-        records = out[: len(places) * size].reshape(-1, size)
-        records[:, :_HEAD] = places.view(np.uint8).reshape(-1, _HEAD)
-        return records
+    ) -> tuple[NDArray[np.void], memoryview]:
+        """Return records whose pages are missing, and a view of all of their bytes."""
+        size = self._record.itemsize * len(places)
+        if out is None or out.size < size:
+            out = np.empty(size, np.uint8)
+        out = out[:size]
+        records = out.view(self._record)
+        records["head"] = places
+        return records, view_of(out)
+
+    def _whole(self, rows: NDArray[np.uint8]) -> NDArray[np.void]:
+        """Return pages as one item each, which are copied twice as fast as rows of bytes."""
+        return rows.view(self._record["page"])[:, 0]
 
 
-def _gather(ram: NDArray[np.uint8], numbers: NDArray[np.int64], records: NDArray[np.uint8]) -> None:
+def _gather(ram: NDArray[np.void], numbers: NDArray[np.int64], records: NDArray[np.void]) -> None:
     """Copy pages out of RAM, neighbours together where there are many."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     if len(numbers) < _LONG * (len(breaks) + 1):
