@@ -23,11 +23,13 @@ class MemoryCase(TestCase):
     def guest(self, name: str, *argv: str) -> MemoryGuest:
         guest = MemoryGuest(name, argv)
         self.addCleanup(guest.close)
-        return guest.start()
+        return guest.launch()
 
     def pair(self, *argv: str) -> tuple[MemoryGuest, MemoryGuest]:
         argv = argv or _SMALL
-        return self.guest("source", *argv), self.guest("destination", *argv, "-incoming", "defer")
+        source = self.guest("source", *argv)
+        destination = self.guest("destination", *argv, "-incoming", "defer")
+        return source.wait(), destination.wait()
 
     def set(self, *guests: MemoryGuest, capabilities: tuple[str, ...], **parameters: Any) -> None:
         for guest in guests:
@@ -126,7 +128,7 @@ class MoveTests(MemoryCase):
             ("postcopy-ram", "postcopy-preempt"),
             ("postcopy-ram", "postcopy-preempt", "multifd"),
         ):
-            argv = ("-m", "32M", "-dirty-rate", "64M", "-fill", "random", "-pattern", "random")
+            argv = ("-m", "16M", "-dirty-rate", "64M", "-fill", "random", "-pattern", "random")
             source, destination = self.pair(*argv)
             self.set(
                 *(source, destination),
@@ -175,7 +177,7 @@ class FailureTests(MemoryCase):
         failed = destination.wait_migration("failed")
         self.assertIn("load of migration failed", failed["error-desc"])
         self.goes_on(source)
-        again = self.guest("again", *_SMALL, "-incoming", "defer")
+        again = self.guest("again", *_SMALL, "-incoming", "defer").wait()
         self.set(source, again, capabilities=(), max_bandwidth=1 << 40)
         self.begin(source, again)
         source.wait_migration("completed")
@@ -215,7 +217,8 @@ class FailureTests(MemoryCase):
         """What does not fit is refused with what is wrong; the process ends if it is to."""
         source = self.guest("source", *_SMALL)
         uri = f"unix:{source.directory}/stream"
-        destination = self.guest("destination", "-m", "16M", "-incoming", uri)
+        destination = self.guest("destination", "-m", "16M", "-incoming", uri).wait()
+        source.wait()
         self.set(source, capabilities=())
         source.qmp("migrate", uri=uri)
         source.wait_migration("failed")
@@ -243,7 +246,9 @@ class FailureTests(MemoryCase):
 class StreamTests(MemoryCase):
     def test_readable(self) -> None:
         """Its stream is QEMU's format: a reader that does not know it finds everything."""
-        source = self.guest("source", "-m", "8M", "-dirty-rate", "1M", "-fill", "random", "-S")
+        source = self.guest(
+            "source", "-m", "8M", "-dirty-rate", "1M", "-fill", "random", "-S"
+        ).wait()
         self.set(source, capabilities=())
         path = f"{source.directory}/stream"
         listener = socket.socket(socket.AF_UNIX)

@@ -42,6 +42,10 @@ class MemoryGuest:
 
     def start(self) -> MemoryGuest:
         """Start it, and return once it answers."""
+        return self.launch().wait()
+
+    def launch(self) -> MemoryGuest:
+        """Start it."""
         self._process = Process.start(
             [
                 *(sys.executable, "-m", "qmigd.guests.memory", "-name", "vm", *self._argv),
@@ -49,6 +53,10 @@ class MemoryGuest:
             ],
             log=os.path.join(self.directory, "log"),
         )
+        return self
+
+    def wait(self) -> MemoryGuest:
+        """Wait until it answers."""
         ask_until(lambda: self.alive, lambda: f"{self.name} to answer; {self.log}")
         return self
 

@@ -18,6 +18,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 from qmigd.errors import ArgumentError, GuestError
@@ -39,6 +40,15 @@ Notify = Callable[[str, Mapping[str, Any]], None]
 
 #: Seconds that the virtual CPU has to come to a stand; it may itself wait for a page.
 _STAND_STILL = 5.0
+
+
+_machines = count(1)
+
+
+def _place() -> str:
+    """Return what a place where a guest runs is called: host, process, and which one in that."""
+    number = next(_machines)
+    return f"{socket.gethostname()}:{os.getpid()}" + (f".{number}" if number > 1 else "")
 
 
 class Machine:
@@ -63,12 +73,13 @@ class Machine:
         self._workload = self._new_workload()
         self._history: list[dict[str, Any]] = []
         self._moved = moved_note(start.qmp)
-        self._here = f"{socket.gethostname()}:{os.getpid()}"
+        self._here = _place()
         self._lock = threading.RLock()
         self._outgoing: Outgoing | None = None
         self._incoming: Incoming | None = None
         self._autostart = not start.paused
         self._state = "inmigrate" if start.incoming else "paused"
+        self._closed = False
         self._ran = False  # it was running before it was stopped for its migration
         if start.incoming is None:
             self._workload.fill_all()
@@ -343,10 +354,13 @@ class Machine:
     # -- the end
 
     def close(self) -> None:
-        """End it, with whatever it is doing.
+        """End it, with whatever it is doing; harmless when that has been done.
 
         What waits for a page that never comes is left to the process's end.
         """
+        if self._closed:
+            return
+        self._closed = True
         for migration in (self._outgoing, self._incoming):
             if migration is not None:
                 migration.close()

@@ -79,6 +79,17 @@ class Monitor:
         if not self.ended.called:
             self.ended.callback(None)
 
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Run one of its QMP commands from within the process.
+
+        :raises QmigdError: it was refused.
+        """
+        descriptors = Descriptors()
+        try:
+            return await self._dispatch(command, arguments, descriptors)
+        finally:
+            descriptors.close()
+
     # -- the commands
 
     async def _dispatch(self, name: str, arguments: _Json, descriptors: Descriptors) -> Any:

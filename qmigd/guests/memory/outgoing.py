@@ -17,7 +17,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +87,7 @@ class Outgoing:
         self._finished = False
         self._away = False
         self._thread = threading.Thread(target=self._run, name="memory-out", daemon=True)
-        self._requests: Callable[[PageRequest], None] = lambda request: None
+        self._following: Following | None = None
 
     # -- for the monitor
 
@@ -187,6 +186,9 @@ class Outgoing:
         self.progress.become(status)
 
     def _interrupted(self) -> bool:
+        """Whether something cannot wait until the bandwidth allows for it."""
+        if self._following is not None:
+            return self._cancelled or self._following.urgent
         return self._cancelled or self._postcopy.is_set()
 
     def _check(self) -> None:
@@ -393,7 +395,7 @@ class Outgoing:
         sender.leave()
         progress.remaining = int(np.count_nonzero(left)) * PAGE
         following = Following(ram, sender, preempt, left, progress)
-        self._requests = following.request
+        self._following = following
         main.send(discards(ram, left))
         self._check()
         self._away = True
@@ -439,7 +441,9 @@ class Outgoing:
                             return
                         case PageRequest():
                             self.progress.requests += 1
-                            self._requests(message)
+                            if self._following is not None:
+                                self._following.request(message)
+                                self.pace.changed()
             reason = "it closed the connection"
         except (Lost, StreamError) as error:
             reason = str(error)

@@ -72,6 +72,11 @@ class Following:
             )
             self._thread.start()
 
+    @property
+    def urgent(self) -> bool:
+        """Whether the main channel has to bring a page that the guest waits for."""
+        return self._preempt is None and bool(self._asked)
+
     def request(self, request: PageRequest) -> None:
         """The guest waits for pages: called by the thread of the return path."""
         first = request.start // PAGE
