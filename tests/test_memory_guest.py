@@ -17,6 +17,8 @@ from tests.rig.qmp import QmpError
 #: Bytes a second that are less than what a guest writes.
 _SLOW = 8 << 20
 _SMALL = ("-m", "32M", "-dirty-rate", "32M")
+#: The same, full: moved slowly, it takes some seconds at least.
+_FULL = (*_SMALL, "-fill", "random")
 
 
 class MemoryCase(TestCase):
@@ -168,7 +170,7 @@ class FailureTests(MemoryCase):
 
     def test_cancelled(self) -> None:
         """A move that is cancelled leaves the guest where it is, and another one can follow."""
-        source, destination = self.pair()
+        source, destination = self.pair(*_FULL)
         self.set(source, destination, capabilities=(), max_bandwidth=_SLOW)
         self.begin(source, destination)
         source.wait_migration("active")
@@ -177,7 +179,7 @@ class FailureTests(MemoryCase):
         failed = destination.wait_migration("failed")
         self.assertIn("load of migration failed", failed["error-desc"])
         self.goes_on(source)
-        again = self.guest("again", *_SMALL, "-incoming", "defer").wait()
+        again = self.guest("again", *_FULL, "-incoming", "defer").wait()
         self.set(source, again, capabilities=(), max_bandwidth=1 << 40)
         self.begin(source, again)
         source.wait_migration("completed")
@@ -185,7 +187,7 @@ class FailureTests(MemoryCase):
 
     def test_destination_killed(self) -> None:
         """A destination that dies in precopy is noticed, and the guest goes on."""
-        source, destination = self.pair()
+        source, destination = self.pair(*_FULL)
         self.set(source, destination, capabilities=(), max_bandwidth=_SLOW)
         self.begin(source, destination)
         source.wait_migration("active")
@@ -195,7 +197,7 @@ class FailureTests(MemoryCase):
 
     def test_broken_in_postcopy(self) -> None:
         """A stream that breaks in postcopy lets neither side go on alone."""
-        source, destination = self.pair()
+        source, destination = self.pair(*_FULL)
         self.set(
             *(source, destination),
             capabilities=("postcopy-ram",),

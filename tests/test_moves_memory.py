@@ -6,9 +6,13 @@ times, there and back.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tests.rig.case import RigCase
@@ -124,7 +128,8 @@ class PathTests(MemoryMoves):
 class FaultTests(MemoryMoves):
     def slow(self) -> str:
         """Begin a move that does not end by itself."""
-        self.two(peer_deadline=2.0, handshake_deadline=2.0, guest_deadline=2.0)
+        guest = {**_GUEST, "fill": "random"}
+        self.two(guest, peer_deadline=2.0, handshake_deadline=2.0, guest_deadline=2.0)
         migration = self.begin("relay", "multifd", **{"max-bandwidth": SLOW, "downtime-limit": 1})
         self.active(migration)
         return migration
@@ -166,6 +171,23 @@ class FaultTests(MemoryMoves):
 
 
 class LifeTests(MemoryMoves):
+    def test_saved(self) -> None:
+        """It is saved into a file and restored, and qmigctl inspect says what is in the file."""
+        self.two()
+        path = os.path.join(self.here.directory, "saved")
+        done = self.here.execute("save", guest="vm", file=path, after="quit")
+        self.assertEqual("completed", self.ended(self.here, done["id"])["status"])
+        qmigctl = Path(sys.executable).with_name("qmigctl")
+        shown = json.loads(subprocess.check_output([qmigctl, "inspect", "--json", path]))
+        self.assertEqual("qmigd-memory-1", shown["machine"])
+        ask_until(lambda: self.source.status() == "gone", "its process to end")
+        done = self.here.execute("restore", guest="vm", file=path)
+        self.assertEqual("completed", self.ended(self.here, done["id"])["status"])
+        self.source.wait_ticks(2)
+        self.source.check()
+        first, second = self.source.clock()["places"]
+        self.assertEqual(first["to"], second["from"])
+
     def test_is_not_started_twice(self) -> None:
         """A guest that was moved away and whose process has ended stays away, until it returns."""
         self.two(policy={"source-after": "quit"})
@@ -176,6 +198,7 @@ class LifeTests(MemoryMoves):
         self.there.restart()
         (shown,) = self.here.execute("query-guests")
         self.assertEqual("not-started", shown["state"])
+        self.assertEqual("it was moved away from here", shown["reason"])
         moved_whole(self.source, self.destination, ended=True)
         self.turn()
         migration = self.begin("handover")

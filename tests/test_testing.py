@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
+from qmigd.guests.memory import dirty, faults
 from qmigd.interfaces import RELAY, Feature, ICodec
 from qmigd.testing import Pair
 from tests.thirdparty.qmigd_example_deflate import Codec, Deflate
@@ -68,6 +70,18 @@ class PairTests(TestCase):
         self.assertNotIn(Deflate.name, moved.plan["features"])
         (left,) = (one for one in moved.plan["left-out"] if one["name"] == Deflate.name)
         self.assertIn("does not offer it", left["reason"])
+
+    async def test_old_kernel(self) -> None:
+        """A kernel that keeps no account of dirty pages, and gives no userfaultfd, will do."""
+
+        def refuse(*_: Any) -> Any:
+            raise OSError(errno.EINVAL, "this kernel cannot")
+
+        self.patch(dirty, "PagemapTracker", refuse)
+        self.patch(faults, "Userfaultfd", refuse)
+        async with Pair(reactor, guest={"dirty-rate": "64M"}) as pair:
+            moved = await pair.move(tunables={"max-bandwidth": 32 << 20})
+        self.assertNotIn("postcopy-ram", moved.plan["features"])
 
     async def test_harmful(self) -> None:
         """A feature that spoils the stream is found out, and the guest goes on where it was."""

@@ -128,7 +128,12 @@ GUEST = Struct(
             "QEMU's run state (`running`, `paused`, `inmigrate`, `postmigrate` ...), or "
             "`unreachable`, `busy` (another client has its QMP socket), or `not-started`.",
         ),
-        Member("reason", STR, "Why the state could not be read.", optional=True),
+        Member(
+            "reason",
+            STR,
+            "Why the state could not be read, or why it is not started.",
+            optional=True,
+        ),
         Member("migration", STR, "The id of the migration that it is in.", optional=True),
     ),
 )

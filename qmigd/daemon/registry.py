@@ -152,7 +152,8 @@ class GuestRegistry:
 
     async def _state(self, entry: _Entry) -> tuple[str, str]:
         if entry.launcher is not None and not await entry.launcher.running():
-            return "not-started", ""
+            away = entry.config.memory is not None and moved_away(entry.launcher.qmp)
+            return "not-started", "it was moved away from here" if away else ""
         try:
             async with self._held(entry) as guest:
                 return await guest.query_status(), ""

@@ -13,7 +13,7 @@ from qmigd.guests.memory.options import parse
 
 #: Seconds between two moments in which another thread gets its turn (Python: 0.005): a page
 #: that the guest waits for is not to wait for that long.
-_TURN = 0.0005
+_TURN = 0.0002
 
 
 def main() -> int:

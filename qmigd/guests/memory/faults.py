@@ -20,7 +20,20 @@ from numpy.typing import NDArray
 from qmigd.guests.memory.kernel import MISSING, Userfaultfd
 from qmigd.guests.memory.ram import PAGE, Pages, Ram, runs
 
-__all__ = ["Faults"]
+__all__ = ["Faults", "can_serve"]
+
+
+#: Pages that are put in at once at the most.
+_PLACED = 32
+
+
+def can_serve() -> bool:
+    """Whether this kernel gives us what postcopy takes at the destination."""
+    try:
+        Userfaultfd().close()
+    except OSError:
+        return False
+    return True
 
 
 class Faults:
@@ -38,6 +51,8 @@ class Faults:
         self._received = received
         self._ask = ask
         self._lock = threading.Lock()
+        self._placing = threading.Lock()
+        self._space = np.empty((_PLACED, PAGE), np.uint8)
         self._asked: dict[int, float] = {}
         self.latencies: list[float] = []
         self._userfaultfd = Userfaultfd()
@@ -51,15 +66,13 @@ class Faults:
 
         :param data: a row for each; ``None``: they are zero bytes.
         """
-        if data is not None:
-            data = np.ascontiguousarray(data)
         at = 0
         for first, end in runs(pages):
-            size, to = (end - first) * PAGE, self._ram.address + first * PAGE
+            to = self._ram.address + first * PAGE
             if data is None:
-                self._userfaultfd.zero(to, size)
+                self._userfaultfd.zero(to, (end - first) * PAGE)
             else:
-                self._userfaultfd.copy(to, data.ctypes.data + at * PAGE, size)
+                self._copy(to, data[at : at + end - first])
             at += end - first
         now = time.monotonic()
         with self._lock:
@@ -68,6 +81,17 @@ class Faults:
                 for page in pages.tolist():
                     if (since := self._asked.pop(page, None)) is not None:
                         self.latencies.append(now - since)
+
+    def _copy(self, to: int, rows: NDArray[np.uint8]) -> None:
+        """Put in neighbours, whose bytes are not in one piece yet unless there is only one."""
+        if len(rows) == 1:
+            self._userfaultfd.copy(to, rows.ctypes.data, PAGE)
+            return
+        with self._placing:
+            for start in range(0, len(rows), _PLACED):
+                some = rows[start : start + _PLACED]
+                self._space[: len(some)] = some
+                self._userfaultfd.copy(to + start * PAGE, self._space.ctypes.data, len(some) * PAGE)
 
     def finish(self) -> None:
         """All pages have come: holes are zero pages from here on."""

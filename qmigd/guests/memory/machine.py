@@ -25,6 +25,7 @@ from qmigd.errors import ArgumentError, GuestError
 from qmigd.guests.memory.channels import check
 from qmigd.guests.memory.contents import Pattern
 from qmigd.guests.memory.devices import State
+from qmigd.guests.memory.faults import can_serve
 from qmigd.guests.memory.incoming import Incoming
 from qmigd.guests.memory.options import Start, moved_note
 from qmigd.guests.memory.outgoing import Outgoing
@@ -65,7 +66,7 @@ class Machine:
         """:raises OSError: there is no room for its RAM."""
         self.start = start
         self.ram = Ram(start.options.size)
-        self.settings = Settings(self._busy)
+        self.settings = Settings(self._busy, faults=start.incoming is None or can_serve())
         self.on_end = on_end
         self.failed = ""
         self._notify = notify

@@ -35,6 +35,8 @@ __all__ = ["Receiver", "Torn"]
 _RECEIVE = 1 << 20
 
 
+#: The same in postcopy.
+_POSTCOPY = 128 << 10
 #: Seconds that the last page on the preempt channel may be behind the main channel's.
 _OVERTAKEN = 30.0
 
@@ -89,7 +91,8 @@ class Receiver:
         data = memoryview(bytearray(_RECEIVE))
         try:
             while not self._whole():
-                count = channel.receive_some(data)
+                # In postcopy less at a time: others want the interpreter meanwhile.
+                count = channel.receive_some(data if self._faults is None else data[:_POSTCOPY])
                 if not count:
                     if self._reader.ended:
                         break

@@ -55,6 +55,9 @@ PARAMETERS: Mapping[str, Parameter] = {
     "max-cpu-throttle": Parameter(99, least=1, most=99),
 }
 
+#: What takes a userfaultfd at the destination.
+_FAULTS = "postcopy-ram"
+
 #: Parameters that the stream depends on: not to be changed while there is one.
 _FIXED = ("multifd-channels", "multifd-compression")
 
@@ -80,15 +83,21 @@ def _check(name: str, value: Any) -> None:
 class Settings:
     """What is set on one guest; read by several threads, changed by one."""
 
-    def __init__(self, busy: Callable[[], bool]) -> None:
-        """:param busy: whether there is a migration under way."""
+    def __init__(self, busy: Callable[[], bool], *, faults: bool = True) -> None:
+        """:param busy: whether there is a migration under way.
+        :param faults: the guest's faults can be served, which a destination needs in postcopy.
+        """
         self._busy = busy
-        self._capabilities = dict.fromkeys(CAPABILITIES, False)
+        self._capabilities = {
+            name: False
+            for name, needed in CAPABILITIES.items()
+            if faults or _FAULTS not in (name, *needed)
+        }
         self._parameters = {name: known.default for name, known in PARAMETERS.items()}
 
     def on(self, name: str) -> bool:
         """Whether a capability is switched on."""
-        return self._capabilities[name]
+        return self._capabilities.get(name, False)
 
     def __getitem__(self, name: str) -> Any:
         """The value of a parameter."""
@@ -119,9 +128,9 @@ class Settings:
             if not isinstance(state, bool):
                 raise ArgumentError("Invalid parameter type for 'state', expected: boolean")
             wanted[name] = state
-        for name, needed in CAPABILITIES.items():
-            for other in needed:
-                if wanted[name] and not wanted[other]:
+        for name, on in wanted.items():
+            for other in CAPABILITIES[name]:
+                if on and not wanted[other]:
                     raise ArgumentError(f"Capability '{name}' requires capability '{other}'")
         self._capabilities = wanted
         self._together(self._parameters)
@@ -140,7 +149,7 @@ class Settings:
         self._parameters = wanted
 
     def _together(self, parameters: Mapping[str, Any]) -> None:
-        if self._capabilities["zero-copy-send"] and parameters["multifd-compression"] != "none":
+        if self.on("zero-copy-send") and parameters["multifd-compression"] != "none":
             raise ArgumentError("Zero copy only available for non-compressed multifd migration")
 
 

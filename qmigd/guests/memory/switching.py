@@ -8,8 +8,9 @@
     end          all have been sent
 
 Without postcopy-preempt a page that the guest waits for comes next in the main channel, behind
-what is in the sockets already.  With it, it overtakes that on a channel of its own, which
-a thread of its own feeds.
+what is in the sockets already.  With it, it overtakes that on a channel of its own, which the
+thread of the return path feeds: a page that was sent, and is waited for all the same, is still
+in the sockets of the main channel, and goes once more.  Which comes second changes nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qmigd.guests.memory.channels import Channel, Lost
+from qmigd.guests.memory.channels import Channel
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.ram import PAGE, Pages, Ram, runs
 from qmigd.guests.memory.sending import MainSender, split_zeros
@@ -62,27 +64,48 @@ class Following:
         self.left = left
         self._progress = progress
         self._asked: deque[int] = deque()
-        self._state = threading.Condition()
+        self._state = threading.Lock()
+        # Of the channel for pages that are waited for.
+        self._overtaking = threading.Lock()
+        self._records = RamWriter(PAGE)
         self._over = False
-        self._failure: Lost | None = None
-        self._thread: threading.Thread | None = None
-        if preempt is not None:
-            self._thread = threading.Thread(
-                target=self._overtake, args=(preempt,), name="memory-preempt", daemon=True
-            )
-            self._thread.start()
 
     @property
     def urgent(self) -> bool:
         """Whether the main channel has to bring a page that the guest waits for."""
-        return self._preempt is None and bool(self._asked)
+        return bool(self._asked)
 
     def request(self, request: PageRequest) -> None:
-        """The guest waits for pages: called by the thread of the return path."""
+        """The guest waits for pages: called by the thread of the return path.
+
+        :raises Lost: the channel for them broke.
+        """
         first = request.start // PAGE
-        with self._state:
-            self._asked.extend(range(first, first + request.length // PAGE))
-            self._state.notify_all()
+        pages = np.arange(first, first + request.length // PAGE, dtype=np.int64)
+        if self._preempt is None:
+            self._asked.extend(pages.tolist())
+        else:
+            self._overtake(self._preempt, pages)
+
+    def _overtake(self, channel: Channel, pages: Pages) -> None:
+        with self._overtaking:
+            if self._over:
+                return  # the main channel has brought all of them on their way
+            with self._state:
+                fresh = int(np.count_nonzero(self.left[pages]))
+                self.left[pages] = False
+            normal, zeros = split_zeros(self._ram, pages)
+            parts: list[Any] = []
+            if len(normal):
+                parts += self._records.pages_of(self._ram.name, normal * PAGE, self._ram.host)
+            if len(zeros):
+                parts += self._records.zeros(self._ram.name, zeros * PAGE)
+            count = channel.send(parts)
+        progress = self._progress
+        progress.normal += len(normal)
+        progress.duplicate += len(zeros)
+        progress.transferred += count
+        progress.remaining = max(0, progress.remaining - fresh * PAGE)
 
     def send_all(self, check: Callable[[], None]) -> None:
         """Send what is left; the pages asked for come first.
@@ -93,20 +116,15 @@ class Following:
         at = 0
         while True:
             check()
-            if self._failure is not None:
-                raise self._failure
             pages, at = self._next(at)
             if not len(pages):
                 break
             self._sender.send(pages, None)
             self._progress.remaining = max(0, self._progress.remaining - len(pages) * PAGE)
-        with self._state:
-            self._over = True
-            self._state.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        if self._failure is not None:
-            raise self._failure
+        if self._preempt is not None:
+            with self._overtaking:
+                self._over = True
+                self._preempt.send([END_OF_SECTION])
 
     def _next(self, at: int) -> tuple[Pages, int]:
         """Take the next pages; none if all are sent.
@@ -114,13 +132,12 @@ class Following:
         :param at: from where on to look, where none is asked for.
         """
         with self._state:
-            if self._preempt is None:
-                while self._asked:
-                    page = self._asked.popleft()
-                    if self.left[page]:
-                        self.left[page] = False
-                        # Its neighbours come after it: they are likely to be wanted next.
-                        return np.array([page], np.int64), page + 1
+            while self._asked:
+                page = self._asked.popleft()
+                if self.left[page]:
+                    self.left[page] = False
+                    # Its neighbours come after it: they are likely to be wanted next.
+                    return np.array([page], np.int64), page + 1
             for start in (at, 0):
                 window = self.left[start:]
                 first = int(window.argmax()) if len(window) else 0
@@ -130,37 +147,3 @@ class Following:
                     self.left[pages] = False
                     return pages, first + _BACKGROUND
         return np.empty(0, np.int64), at
-
-    # -- the channel for pages that are waited for
-
-    def _overtake(self, channel: Channel) -> None:
-        records = RamWriter(PAGE)
-        try:
-            while (page := self._take()) is not None:
-                normal, zeros = split_zeros(self._ram, np.array([page], np.int64))
-                if len(normal):
-                    parts = records.pages_of(self._ram.name, normal * PAGE, self._ram.host)
-                else:
-                    parts = records.zeros(self._ram.name, zeros * PAGE)
-                count = channel.send(parts)
-                progress = self._progress
-                progress.normal += len(normal)
-                progress.duplicate += len(zeros)
-                progress.transferred += count
-                progress.remaining = max(0, progress.remaining - PAGE)
-            channel.send([END_OF_SECTION])
-        except Lost as error:
-            self._failure = error
-
-    def _take(self) -> int | None:
-        """Wait for a page that is asked for; ``None``: all have been sent."""
-        with self._state:
-            while True:
-                while self._asked:
-                    page = self._asked.popleft()
-                    if self.left[page]:
-                        self.left[page] = False
-                        return page
-                if self._over:
-                    return None
-                self._state.wait(1.0)
