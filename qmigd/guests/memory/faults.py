@@ -99,10 +99,18 @@ class Faults:
         if self._thread is not threading.current_thread():
             self._thread.join()
         self._userfaultfd.close()
+        os.close(self._waker)
+        self._waker = -1
 
     def close(self) -> None:
         """End the thread; who waits for a page goes on waiting, since it would find another."""
-        os.eventfd_write(self._waker, 1)
+        if self._waker >= 0:
+            os.eventfd_write(self._waker, 1)
+
+    def give_up(self) -> None:
+        """Let go of who waits for a page: the guest has ended, and what it finds is no matter."""
+        self.close()
+        self._userfaultfd.close()
 
     def _run(self) -> None:
         descriptor = self._userfaultfd.fileno()

@@ -7,7 +7,6 @@ the one for pages that are waited for (postcopy-preempt), which begins with no m
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -82,17 +81,24 @@ class Incoming:
         return self.progress.show()
 
     def close(self) -> None:
-        """End it at once."""
+        """End it at once, with the guest, whose threads may wait for pages."""
         self._closed = True
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._waker, 1)
+        self._wake()
         with self._lock:
             for channel in self._channels:
                 channel.shut()
         self._receiver.close()
+        self._receiver.give_up()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(1.0)
+        if not self.alive:
+            os.close(self._waker)
+            self._waker = -1
+
+    def _wake(self) -> None:
+        if self._waker >= 0:
+            os.eventfd_write(self._waker, 1)
 
     def _on_status(self, status: str) -> None:
         self.machine.event("MIGRATION", {"status": status})
@@ -210,8 +216,7 @@ class Incoming:
             self.machine.on_end()
 
     def _close_channels(self) -> None:
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._waker, 1)
+        self._wake()
         self._receiver.close()
         with self._lock:
             for channel in self._channels:

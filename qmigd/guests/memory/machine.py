@@ -355,13 +355,11 @@ class Machine:
     # -- the end
 
     def close(self) -> None:
-        """End it, with whatever it is doing; harmless when that has been done.
-
-        What waits for a page that never comes is left to the process's end.
-        """
+        """End it, with whatever it is doing; harmless when that has been done."""
         if self._closed:
             return
         self._closed = True
+        self._workload.stop(0)
         for migration in (self._outgoing, self._incoming):
             if migration is not None:
                 migration.close()

@@ -84,6 +84,7 @@ class Outgoing:
         self._refusal = ""
         self._answered = threading.Event()
         self._tracker: Tracker | None = None
+        self._pages: Sender | None = None
         self._finished = False
         self._away = False
         self._thread = threading.Thread(target=self._run, name="memory-out", daemon=True)
@@ -164,6 +165,8 @@ class Outgoing:
             progress.throttle = 0
             if self._tracker is not None:
                 self._tracker.close()
+            if self._pages is not None:
+                self._pages.close()
             if progress.over:
                 self._close_channels()
 
@@ -211,8 +214,9 @@ class Outgoing:
         self._check()
         sender = MainSender(machine.ram, main, progress, self.pace, self._interrupted)
         pages: Sender = sender
+        self._pages = pages
         if machine.settings.on("multifd"):
-            pages = self._spread(main, sender)
+            self._pages = pages = self._spread(main, sender)
         self._set_up(main)
         pages.sync()
         progress.setup_time = time.monotonic() - progress.begun
@@ -227,7 +231,6 @@ class Outgoing:
         dirty |= self._take_dirty()
         if self._postcopy.is_set() and dirty.any():
             pages.sync()
-            pages.close()
             self._follow(main, sender, preempt, dirty, state, stopped)
         else:
             self._complete(main, sender, pages, dirty, state, stopped)
@@ -379,7 +382,6 @@ class Outgoing:
         progress.transferred += main.send(parts)
         progress.downtime_bytes = progress.transferred - before
         progress.remaining = 0
-        pages.close()
 
     def _follow(
         self,

@@ -70,6 +70,11 @@ class Receiver:
         """Seconds that the guest has waited for each page that it asked for."""
         return list(self._faults.latencies) if self._faults is not None else []
 
+    def give_up(self) -> None:
+        """Let go of a guest that has ended."""
+        if self._faults is not None:
+            self._faults.give_up()
+
     def close(self) -> None:
         """End what waits."""
         self._gathering.close()

@@ -191,7 +191,7 @@ class MultifdSender:
         self._main.leave()
 
     def close(self) -> None:
-        """End the threads; nothing may be on its way."""
+        """End the threads; what is still on its way is of no use any more."""
         self._over = True
         for _ in self._channels:
             self._queue.put((np.empty(0, np.int64), None))
