@@ -83,7 +83,6 @@ class Host:
     """One host: a daemon, and a guest that it knows as :data:`GUEST`.
 
     :ivar uri: where other daemons reach it.
-    :ivar guest: the guest, with its QMP socket.
     :ivar directory: where its files are.
     """
 
@@ -106,7 +105,7 @@ class Host:
         self._reactor = reactor
         self._failure = ""
         self._client: QMPClient | None = None
-        self.guest: Monitor | None = None
+        self._guest: Monitor | None = None
         self._number = 0
         text = _toml(
             {
@@ -124,6 +123,12 @@ class Host:
         self.service = QmigdService(
             reactor, config, dict(features), None, on_failure=self._does_not_start
         )
+
+    @property
+    def guest(self) -> Monitor:
+        """The guest: ``execute`` runs its QMP commands, ``machine`` is what they are about."""
+        assert self._guest is not None, "this host has no guest at present"
+        return self._guest
 
     def _does_not_start(self, reason: str) -> None:
         self._failure = reason
@@ -155,14 +160,14 @@ class Host:
         path = f"{self.directory}/{self._number}.qmp"
         name = uuid.uuid5(uuid.NAMESPACE_URL, GUEST)
         start = Start(GUEST, from_table(table), path, "defer" if waits else None, False, name)
-        self.guest = guest = Monitor(self._reactor, start)
+        self._guest = guest = Monitor(self._reactor, start)
         guest.ended.addCallback(lambda _: Deferred.fromCoroutine(guest.close()))
         await guest.listen()
         await self.execute("guest-add", name=GUEST, qmp=f"unix:{path}")
 
     async def take_away(self) -> None:
         """Have it know no guest; the one that it knew is gone."""
-        guest, self.guest = self.guest, None
+        guest, self._guest = self._guest, None
         if guest is not None:
             await guest.close()
             if self._client is not None:
@@ -297,7 +302,6 @@ class Pair:
         :raises AssertionError: it does not, or has.
         """
         source, destination = self.here.guest, self.there.guest
-        assert source is not None and destination is not None
         clock = destination.machine.clock()
         if not clock["running"] or source.machine.state == "running":
             raise AssertionError(

@@ -60,7 +60,6 @@ class PairTests(TestCase):
             slow = {"max-postcopy-bandwidth": 32 << 20}
             moved = await pair.move(postcopy=True, tunables=slow)
             self.assertIn("postcopy-ram", moved.plan["features"])
-            assert pair.there.guest is not None
             self.assertGreater((await pair.there.guest.execute("query-faults"))["count"], 0)
 
     async def test_one_side(self) -> None:
@@ -88,27 +87,28 @@ class PairTests(TestCase):
         async with Pair(reactor, [Harmful()]) as pair:
             moved = await pair.move(require=[Harmful.name], check=False)
             self.assertEqual("failed", moved.status)
-            assert pair.here.guest is not None
             self.assertEqual("running", pair.here.guest.machine.state)
             self.assertEqual({}, await pair.here.guest.execute("check-ram"))
 
-    def test_of_a_third_party(self) -> None:
-        """The test that comes with the example of a feature passes."""
+    def by_its_author(self, folder: str, module: str, passed: int) -> None:
+        """Run an example's own tests, as its author would."""
+        trial = [sys.executable, "-m", "twisted.trial", "--temp-directory"]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "twisted.trial",
-                "--temp-directory",
-                os.path.abspath(self.mktemp()),
-            ]
-            + ["test_deflate"],
-            cwd=Path(__file__).parent / "thirdparty",
+            [*trial, os.path.abspath(self.mktemp()), module],
+            cwd=Path(__file__).parent / folder,
             capture_output=True,
             text=True,
             check=False,
         )
-        self.assertIn("PASSED (successes=2)", done.stdout, done.stderr)
+        self.assertIn(f"PASSED (successes={passed})", done.stdout, done.stderr)
+
+    def test_of_a_third_party(self) -> None:
+        """The tests that come with the example of a distribution pass."""
+        self.by_its_author("thirdparty", "test_deflate", 2)
+
+    def test_of_the_tutorial(self) -> None:
+        """So do those of the tutorial."""
+        self.by_its_author("tutorial", "test_crc", 3)
 
     async def test_no_feature(self) -> None:
         """What is no feature is refused when the pair is made."""
