@@ -216,14 +216,14 @@ class Pair:
         """:param features: what both hosts have beside all that is installed.
         :param source_features: what ``here`` has besides, and ``there`` has not.
         :param destination_features: what ``there`` has besides, and ``here`` has not.
-        :param guest: as ``memory`` in the configuration; left out: 8 MiB, busy.
+        :param guest: as ``memory`` in the configuration; left out: 8 MiB, full and busy.
         :param policy: as ``[policy]`` in the configuration, for both hosts.
         :param transport: ``tcp`` over loopback, or ``unix``: nothing leaves the kernel's memory,
             and the path ``direct`` is closed.
         :raises AssertionError: one of the features is none; the log says what it lacks.
         """
         self._reactor = reactor
-        self._guest = {"size": "8M", "dirty-rate": "8M/s", **(guest or {})}
+        self._guest = {"size": "8M", "dirty-rate": "8M/s", "fill": "random", **(guest or {})}
         every, mine, yours = tuple(features), tuple(source_features), tuple(destination_features)
         self.here, self.there = (
             Host(reactor, name, _with((*every, *more), lacks), transport, policy or {})

@@ -88,8 +88,18 @@ class MemoryMoves(RigCase):
 
 class PathTests(MemoryMoves):
     def test_there_and_back(self) -> None:
-        """Every path and every way to move, with one guest; the plan is what was asked for."""
+        """Every path and every way to move, with one guest; the plan is what was asked for.
+
+        Who is asked what there is gets it as from a QEMU.
+        """
         self.two()
+        (shown,) = self.here.execute("query-guests")
+        self.assertEqual(("memory", "running"), (shown["backend"], shown["state"]))
+        (shown,) = self.there.execute("query-guests")
+        self.assertEqual(("memory", "not-started"), (shown["backend"], shown["state"]))
+        tunables = {one["name"]: one for one in self.here.execute("query-tunables", guest="vm")}
+        self.assertEqual(["none", "zlib", "zstd"], tunables["multifd-compression"]["values"])
+        self.assertEqual(300, tunables["downtime-limit"]["value"])
         settings = self.source.qmp("query-migrate-capabilities")
         for path, mode in (
             ("handover", "precopy"),
@@ -105,24 +115,10 @@ class PathTests(MemoryMoves):
                 # As they were before.
                 self.assertEqual(settings, guest.qmp("query-migrate-capabilities"))
             self.turn()
-        places = self.source.clock()["places"]
-        self.assertEqual(7, len(places), places)
-
-    def test_baseline(self) -> None:
-        """With no feature at all it goes over the control connection itself."""
-        self.two()
+        # With no feature at all it goes over the control connection itself.
         self.move("baseline")
-
-    def test_unmoved(self) -> None:
-        """Who is asked what there is gets it as from a QEMU: guests, features, tunables."""
-        self.two()
-        (shown,) = self.here.execute("query-guests")
-        self.assertEqual(("memory", "running"), (shown["backend"], shown["state"]))
-        (shown,) = self.there.execute("query-guests")
-        self.assertEqual(("memory", "not-started"), (shown["backend"], shown["state"]))
-        tunables = {one["name"]: one for one in self.here.execute("query-tunables", guest="vm")}
-        self.assertEqual(["none", "zlib", "zstd"], tunables["multifd-compression"]["values"])
-        self.assertEqual(300, tunables["downtime-limit"]["value"])
+        places = self.destination.clock()["places"]
+        self.assertEqual(8, len(places), places)
 
 
 class FaultTests(MemoryMoves):

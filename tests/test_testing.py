@@ -56,7 +56,7 @@ class PairTests(TestCase):
 
     async def test_postcopy(self) -> None:
         """A move can be switched to postcopy, whose pages come on demand."""
-        async with Pair(reactor, guest={"fill": "random", "dirty-rate": "64M"}) as pair:
+        async with Pair(reactor, guest={"dirty-rate": "64M"}) as pair:
             slow = {"max-postcopy-bandwidth": 32 << 20}
             moved = await pair.move(postcopy=True, tunables=slow)
             self.assertIn("postcopy-ram", moved.plan["features"])
