@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qmigd.stream import xbzrle
 from qmigd.stream.devices import Devices, find_description
 from qmigd.stream.events import (
     Command,
@@ -21,7 +22,7 @@ from qmigd.stream.format import CommandNumber
 from qmigd.stream.joining import join
 from qmigd.stream.ram import RamImage
 from qmigd.stream.reader import Reader
-from tests.rig.bootsector import Program
+from tests.rig.bootsector import PAGE, Program
 from tests.rig.guest import MACHINE, Guest
 from tests.rig.news import wait_until
 from tests.rig.qemus import LABELS
@@ -72,7 +73,7 @@ class SavedTests(StreamCase):
         return decoded
 
     def test_xbzrle(self) -> None:
-        """Pages that come as differences end up as what they are."""
+        """Pages that come as differences end up as what they are, and give the same differences."""
         for label in ("7.2", "11"):
             guest = self.source(label, "xbzrle", program=_FAST)
             limits = {"downtime-limit": 1, "max-bandwidth": 10 << 20}
@@ -86,8 +87,14 @@ class SavedTests(StreamCase):
             ram = image()
             kinds = set()
             for event in events(path.read_bytes()):
-                ram.take(event)
                 kinds.add(type(event))
+                if isinstance(event, Xbzrle):
+                    page = ram.blocks[event.block][event.page : event.page + PAGE]
+                    before = bytes(page)
+                    ram.take(event)
+                    self.assertEqual(event.data, xbzrle.encode(before, page))
+                else:
+                    ram.take(event)
             self.assertIn(Xbzrle, kinds)
             self.compare(ram, guest)
             guest.close()
