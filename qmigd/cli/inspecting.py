@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, TextIO
@@ -30,7 +30,7 @@ from .options import Exit
 from .plot import picture
 from .render import size
 
-__all__ = ["run"]
+__all__ = ["Progress", "run"]
 
 #: Seconds before the progress is shown, and between two times that it is.
 _PATIENCE: Final = 0.5
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> Exit:
     channels = [source for source in sources if source.first == _MULTIFD]
     stream = _the_stream(sources, channels)
     report = Report(stream, Summary(stream.start))
-    progress = _Progress(sys.stderr, sum(source.size or 0 for source in sources))
+    progress = Progress(sys.stderr, sum(source.size or 0 for source in sources))
     try:
         _read_stream(stream, report.summary, progress)
         for number, channel in enumerate(channels):
@@ -92,7 +92,7 @@ def _the_stream(sources: Sequence[Source], channels: Sequence[Source]) -> Source
     return streams[0]
 
 
-def _read_stream(source: Source, summary: Summary, progress: _Progress) -> None:
+def _read_stream(source: Source, summary: Summary, progress: Progress) -> None:
     sizes = page_size = None
     if source.seekable:
         with suppress(StreamError):  # where the description is reached, that is said
@@ -137,7 +137,7 @@ def _pass_over(mapped: MappedBlock, source: Source, reader: Reader) -> None:
     source.skip(mapped.end)
 
 
-def _read_channel(source: Source, number: int, summary: Summary, progress: _Progress) -> None:
+def _read_channel(source: Source, number: int, summary: Summary, progress: Progress) -> None:
     blocks = {name: block.block.length for name, block in summary.blocks.items()}
     unpacker = multifd.Unpacker(page_size=summary.page_size, blocks=blocks)
     try:
@@ -158,20 +158,23 @@ def _write(path: str, text: str) -> None:
         raise FileError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-class _Progress:
+class Progress:
     """Shows how far it is, on a terminal, if that takes some time."""
 
-    def __init__(self, out: TextIO, total: int) -> None:
+    def __init__(
+        self, out: TextIO, total: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._out = out if out.isatty() else None
         self._total = total
-        self._shown = time.monotonic()
+        self._shown = clock()
         self._text = ""
         self._before = 0
         self._last: Source | None = None
 
     def add(self, source: Source) -> None:
         """Show that so much of a file has been read."""
-        now = time.monotonic()
+        now = self._clock()
         if self._last is not source:
             self._before += (self._last.size or 0) if self._last else 0
             self._last = source

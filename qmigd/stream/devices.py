@@ -11,10 +11,12 @@ The description is JSON that QEMU's vmstate writes while it writes the sections:
     FIELD:  {"name", "type", "size", "struct": {as a device}, "index": number of an element,
              or "array_len": as many elements as the one that is described}
 
-A field whose type is known becomes a number, a truth value or nothing; any other its bytes in
-hexadecimal.  That of a large guest has some MiB, and would take many times that as Python's
-objects: so it is kept as it came, and taken apart one device at a time.  It is as little to be
-trusted as the rest: everything that it says is compared with the bytes that there are.
+A field whose type is known becomes a number, a truth value or nothing; any other, and an array of
+bytes, becomes its bytes in hexadecimal.
+
+The description of a large guest has some MiB, and would take many times that as Python's objects:
+so it is kept as it came, and taken apart one device at a time.  It is as little to be trusted
+as the rest: everything that it says is compared with the bytes that there are.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ _INTEGER: Final = re.compile(r"(u?)int(8|16|32|64)(?: equal| le)?")
 _DEPTH: Final = 32
 
 #: Devices in a description.
-_DEVICES: Final = 65536
+_DEVICES: Final = 16384
+
+#: Bytes ``,``, ``[`` and ``{`` in what is said of one device.  They bound the number of values,
+#: and so what it can cost as Python's objects.  The largest of a usual guest has some 7,000.
+_MARKS: Final = 1 << 16
 
 #: Bytes from the subsection's mark to its fields, but for the name.
 _SUBSECTION: Final = 6
@@ -264,6 +270,8 @@ class _Taking:
             return []
         if count * size > len(self._data) - self.index:
             self._take(count * size, f"{count} times {size} bytes of {field['name']!r}")
+        if size == 1 and field.get("type") == "uint8":
+            return self._take(count, "").hex()
         return [self._element(field, size, depth) for _ in range(count)]
 
     def _element(self, field: Mapping[str, Any], size: int, depth: int) -> Value:
@@ -333,6 +341,8 @@ def _mark(name: str) -> bytes:
 
 
 def _object(data: bytes, at: int) -> dict[str, Any]:
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MARKS:
+        raise StreamError(at, f"at most {_MARKS} values in what is said of a device", "more")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
