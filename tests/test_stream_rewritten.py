@@ -11,14 +11,16 @@ import numpy as np
 from qmigd.stream.events import (
     Command,
     Configuration,
+    DeviceData,
     End,
     Event,
+    Pages,
     RamBlocks,
     SectionEnd,
     SectionStart,
+    Zeros,
 )
 from qmigd.stream.format import (
-    DEFAULT_PAGE_SIZE,
     MAPPED_RAM,
     RAM_NAME,
     CommandNumber,
@@ -29,7 +31,16 @@ from qmigd.stream.joining import join
 from qmigd.stream.mapped_ram import MappedWriter, Placed
 from qmigd.stream.multifd import Initial, Packer, PageData
 from qmigd.stream.pages import zero_pages
-from qmigd.stream.postcopy import advise, discard, read_advise, read_discard
+from qmigd.stream.postcopy import (
+    Advice,
+    advise,
+    discard,
+    listen,
+    packaged,
+    read_advise,
+    read_discard,
+    run,
+)
 from qmigd.stream.ram import RamImage
 from qmigd.stream.reader import Reader
 from qmigd.stream.records import END_OF_SECTION, RamWriter, ram_of
@@ -37,14 +48,23 @@ from qmigd.stream.return_path import (
     Bitmap,
     Message,
     PageRequest,
+    Pong,
     ResumeAck,
     ReturnPath,
     Shut,
     encode,
     request_pages,
 )
-from qmigd.stream.writer import Writer, command
-from tests.rig.bootsector import Program
+from qmigd.stream.writer import (
+    Writer,
+    command,
+    end,
+    open_return_path,
+    ping,
+    section_end,
+    section_start,
+)
+from tests.rig.bootsector import PAGE, Program
 from tests.rig.guest import MACHINE, Guest
 from tests.rig.qemus import LABELS
 from tests.rig.streams import StreamCase, events, image, packets
@@ -106,8 +126,8 @@ def records(ram: RamImage) -> Iterator[bytes]:
     for name, contents in ram.blocks.items():
         rows = ram_of(contents)
         zero = zero_pages(rows)
-        yield b"".join(writer.zeros(name, np.flatnonzero(zero) * DEFAULT_PAGE_SIZE))
-        offsets = np.flatnonzero(~zero) * DEFAULT_PAGE_SIZE
+        yield b"".join(writer.zeros(name, np.flatnonzero(zero) * PAGE))
+        offsets = np.flatnonzero(~zero) * PAGE
         yield b"".join(writer.pages_of(name, offsets, rows))
 
 
@@ -149,7 +169,7 @@ def mapped(stream: Iterable[Event], ram: RamImage) -> bytes:
     for name, contents in ram.blocks.items():
         rows = ram_of(contents)
         there = np.flatnonzero(~zero_pages(rows))
-        file.put(*layout.pages(name, there * DEFAULT_PAGE_SIZE, rows[there]))
+        file.put(*layout.pages(name, there * PAGE, rows[there]))
     file.put(*layout.bitmaps())
     return bytes(file.data)
 
@@ -172,6 +192,78 @@ def packed_again(data: bytes, compression: str) -> bytes:
         else:
             parts.append(packer.sync(packet.number))
     return b"".join(parts)
+
+
+class _Postcopy:
+    """Makes a postcopy migration of a stream: what the guest writes goes when it is asked for.
+
+    :ivar path: takes what the destination says.
+    :ivar ended: all has been sent.
+    """
+
+    def __init__(self, data: bytes, program: Program) -> None:
+        """:param data: the stream."""
+        self.ended = False
+        self._ram = image()
+        self._program = program
+        self._writer = RamWriter()
+        self._events: list[Event] = []
+        for event in events(data):
+            self._ram.take(event)
+            if not isinstance(event, Pages | Zeros):
+                self._events.append(event)
+        self.path = ReturnPath({name: len(block) for name, block in self._ram.blocks.items()})
+        self._start = next(one for one in self._events if isinstance(one, SectionStart))
+        self._left = set(range(program.start, program.end, PAGE))
+
+    def begin(self) -> bytes:
+        """Return what goes before the guest runs there: the window's pages in it are wrong."""
+        parts: list[Any] = [written(self._events[:2]), open_return_path(), ping(1)]
+        parts.append(advise(Advice(PAGE, PAGE)))
+        after = self._events.index(self._start) + 3
+        parts.append(written(self._events[self._events.index(self._start) : after]))
+        pages: list[Any] = []
+        for name, contents in self._ram.blocks.items():
+            offsets = np.arange(0, len(contents), PAGE)
+            if name == "pc.ram":
+                offsets = np.array(sorted(set(offsets.tolist()) - self._left))
+            pages += self._writer.pages_of(name, offsets, ram_of(contents))
+        window = (self._program.start, self._program.end - self._program.start)
+        pages += self._writer.zeros("pc.ram", sorted(self._left))
+        parts += [self._section(pages), *discard("pc.ram", [window])]
+        devices = written(self._devices())
+        return b"".join((*parts, *packaged([listen(), ping(3), devices, run()])))
+
+    def answer(self, request: PageRequest) -> bytes:
+        """Return the pages that are asked for, but for those that are on their way."""
+        places = range(request.start, request.start + request.length, PAGE)
+        return self._send(set(places) & self._left)
+
+    def rest(self) -> bytes:
+        """Return all other pages, and the end."""
+        self.ended = True
+        pages = self._send(self._left)
+        return pages + self._section([], SectionType.END) + end()
+
+    def _send(self, places: set[int]) -> bytes:
+        self._left = self._left - places
+        if not places:
+            return b""
+        rows = ram_of(self._ram.blocks["pc.ram"])
+        return self._section(self._writer.pages_of("pc.ram", sorted(places), rows))
+
+    def _section(self, pages: list[Any], kind: SectionType = SectionType.PART) -> bytes:
+        number = self._start.id
+        parts = (section_start(kind, number), *pages, END_OF_SECTION, section_end(number))
+        return b"".join(parts)
+
+    def _devices(self) -> Iterator[Event]:
+        device = False
+        for event in self._events:
+            if isinstance(event, SectionStart):
+                device = event.kind == SectionType.FULL
+            if device and isinstance(event, SectionStart | DeviceData | SectionEnd):
+                yield event
 
 
 class RewrittenCase(StreamCase):
@@ -311,6 +403,33 @@ class PostcopyTests(RewrittenCase):
                 kept = events(data, Reader(records_only=True, blocks=blocks))
                 only = (event for event in kept if not isinstance(event, End))
                 self.assertEqual(written(only) + END_OF_SECTION, data)
+            destination.check_ram()
+            source.close()
+            destination.close()
+
+    def test_written(self) -> None:
+        """A stream becomes a postcopy: QEMU runs the guest and asks for its pages."""
+        for label in LABELS:
+            source = self.source(label)
+            postcopy = _Postcopy(self.save(source), source.program)
+            destination = self.destination(label, "postcopy-ram", paused=False)
+            said: list[Message] = []
+            with self.connected(destination) as connection:
+                connection.sendall(postcopy.begin())
+                while Shut(0) not in said:
+                    data = connection.recv(65536)
+                    self.assertTrue(data, destination.log)
+                    for message in postcopy.path.feed(data):
+                        said.append(message)
+                        if isinstance(message, PageRequest):
+                            connection.sendall(postcopy.answer(message))
+                    if len(destination.lines) >= 2 and not postcopy.ended:
+                        connection.sendall(postcopy.rest())
+                postcopy.path.end()
+                self.loaded(destination)
+            self.assertEqual([one for one in said if isinstance(one, Pong)], [Pong(1), Pong(3)])
+            self.assertTrue(any(isinstance(one, PageRequest) for one in said))
+            self.assertIn(destination.lines[0].tick - source.counter, (1, 2))
             destination.check_ram()
             source.close()
             destination.close()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from twisted.trial.unittest import SynchronousTestCase
 
+from qmigd.errors import StreamError
 from qmigd.stream import writer, xbzrle
 from qmigd.stream.events import (
     Command,
@@ -175,6 +176,19 @@ class RoundTripTests(SynchronousTestCase):
         """What was read, and is written, is the same to the byte."""
         data = written(events)
         self.assertEqual(written(read(data, cuts)), data)
+
+    @settings(deadline=None, max_examples=300)
+    @given(streams(), st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), max_size=3))
+    def test_garbled(self, events: list[Event], changes: list[tuple[int, int]]) -> None:
+        """Whatever a reader has taken is written so that it means the same."""
+        data = bytearray(written(events))
+        for place, byte in changes:
+            data[place % len(data)] = byte
+        try:
+            found = meaning(read(bytes(data)))
+        except StreamError:
+            return
+        self.assertEqual(meaning(read(written(read(bytes(data))))), found)
 
     def test_byte_by_byte(self) -> None:
         """The same holds where each byte comes alone."""

@@ -16,6 +16,7 @@ from qmigd.stream.reader import Reader
 from tests.rig.bootsector import PAGE, Program
 from tests.rig.case import RigCase
 from tests.rig.guest import Guest
+from tests.rig.news import DEADLINE
 from tests.rig.proxy import OrderlyRecorder
 from tests.rig.qemus import require
 
@@ -119,6 +120,11 @@ class StreamCase(RigCase):
         recorder = OrderlyRecorder(f"tcp:127.0.0.1:{self._port(destination, command)}")
         self.addCleanup(recorder.close)
         return recorder
+
+    def connected(self, destination: Guest) -> socket.socket:
+        """Let QEMU listen, and connect to it."""
+        port = self._port(destination, "migrate-incoming")
+        return socket.create_connection(("127.0.0.1", port), DEADLINE)
 
     def play(self, destination: Guest, connections: Sequence[bytes]) -> None:
         """Send QEMU what goes through each connection; they are made in this order."""
