@@ -12,9 +12,9 @@ of the device.  Integers are big-endian, names end in zeros.  The array of offse
 the same length; the normal pages' are in front, the zero pages' follow.  What compresses goes
 on from packet to packet of its channel and is only flushed at the end of each.
 
-Up to QEMU 8.2 there are no zero pages here, and a packet with SYNC may have pages as well;
-from 9.0 on it is one without.  Where zero and room stand nothing, an old QEMU leaves what
-was there before.
+Up to QEMU 8.2 there are no zero pages here, and a packet with SYNC may have pages as well, after
+which one with neither follows; from 9.0 on it is one without pages.  An old QEMU leaves in the
+unused part of a packet what was there before, and even in ``size`` and ``block``.
 
 :class:`Packer` makes the packets of a channel.  :class:`Unpacker` is fed with what comes
 through one and gives them back; who wants the pages to go from the socket straight into RAM
