@@ -519,12 +519,17 @@ class MemoryTests(InspectCase):
         numbers = {"name": "n", "type": "uint16", "size": 2, "array_len": 1 << 17}
         large = {"name": "rtc", "instance_id": 0, "fields": [numbers]}
         sections = b"".join(
-            writer.section_start(SectionType.FULL, number, f"device {number}", 0, 1)
+            writer.section_start(SectionType.FULL, number, f"{number:0250}", 0, 1)
             + bytes(100)
             + writer.section_end(number)
-            for number in range(60_000)
+            for number in range(20_000)
         )
+        blocks = writer.ram_setup([RamBlock(f"{n:0250}", PAGE) for n in range(4096)])
+        ram = RAM + blocks + EOS + writer.section_end(2)
+        pages = [struct.pack(">Q", 2) + b"\xfa" + b"%0250d" % n + b"\0" for n in range(4095, 0, -1)]
+        part = writer.section_start(SectionType.END, 2) + b"".join(pages) + EOS
         for data in (
+            beginning() + ram + part + writer.section_end(2) + writer.end(),
             whole + writer.description(filled),
             whole + writer.description(text.ljust(MAX_DESCRIPTION)),
             beginning()

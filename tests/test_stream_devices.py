@@ -210,6 +210,8 @@ class WrongTests(SynchronousTestCase):
             b'{"page_size": 4096, "devices": [{"name": "it", "fields": [' + b"{}," * 300_000,
             b'{"page_size": 4096, "x": [' + b"[]," * 300_000 + b'0], "devices": []}',
             b'{"page_size": 4096, "devices": [' + many + b"]}",
+            b'{"' + rb"\"" * 300_000,
+            b'{"' + b"x" * 600_000,
         ):
             tracemalloc.start()
             with contextlib.suppress(StreamError):

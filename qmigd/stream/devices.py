@@ -56,8 +56,8 @@ _MARKS: Final = 1 << 16
 #: Bytes from the subsection's mark to its fields, but for the name.
 _SUBSECTION: Final = 6
 
-#: What braces count in JSON: not those in strings.
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]')
+#: What counts in JSON to tell where an object ends: braces, quotes, and what is no quote.
+_TOKEN: Final = re.compile(rb'\\.|["{}\[\]]', re.DOTALL)
 
 
 def find_description(data: bytes, start: int) -> tuple[int, memoryview] | None:
@@ -195,18 +195,24 @@ class Devices:
 
     def _split(self) -> Iterator[tuple[int, int]]:
         """Yield where each device begins and ends, without having looked at any as a whole."""
-        depth = start = count = 0
+        depth = start = opened = count = 0
         key = b""
-        inside = False
+        inside = quoted = False
         for found in _TOKEN.finditer(self._data):
             token = found[0]
-            if token in b"{[":
+            if token == b'"':
+                if quoted and depth == 1:
+                    key = bytes(self._data[opened : found.end()])
+                quoted, opened = not quoted, found.start()
+            elif quoted or len(token) > 1:
+                continue
+            elif token in b"{[":
                 if depth == 1:
                     inside = key == b'"devices"' and token == b"["
                 elif depth == 2 and inside:
                     start = found.start()
                 depth += 1
-            elif token in b"}]":
+            else:
                 depth -= 1
                 if depth == 2 and inside:
                     count += 1
@@ -216,8 +222,6 @@ class Devices:
                         )
                     yield start, found.end()
                 inside = inside and depth >= 2
-            elif depth == 1:
-                key = token
 
 
 class _Taking:

@@ -373,26 +373,30 @@ class Reader:
         expected = f"{section.name!r}, and the footer of section {section.id}"
         while True:
             count = yield from window.some(expected)
-            at = window.position
             piece = window.look(min(count, _SEARCHED))
-            found = piece.find(footer)
-            if found < 0:
-                # the beginning of a footer may be all that is here
-                found = next(
-                    (at for at in range(max(len(piece) - _FOOTER + 1, 0), len(piece))
-                     if footer.startswith(piece[at:])),
-                    len(piece),
-                )  # fmt: skip
-                if not found:
-                    yield from window.need(len(piece) + 1, expected)
-                    continue
-            if found:
-                window.index += found
-                yield DeviceData(at, section.id, piece[:found])
-            elif (yield from self._follows(expected)):
-                return
-            else:
-                yield DeviceData(at, section.id, window.take(1))
+            done = again = 0
+            while (found := piece.find(footer, again)) >= 0:
+                if found > done:
+                    yield self._data(section, piece[done:found])
+                    done = found
+                if (yield from self._follows(expected)):
+                    return
+                again = found + 1
+            # the beginning of a footer may be all that is here
+            end = next(
+                (at for at in range(max(len(piece) - _FOOTER + 1, again), len(piece))
+                 if footer.startswith(piece[at:])),
+                len(piece),
+            )  # fmt: skip
+            if end > done:
+                yield self._data(section, piece[done:end])
+            elif not done:
+                yield from window.need(len(piece) + 1, expected)
+
+    def _data(self, section: SectionStart, data: bytes) -> DeviceData:
+        at = self._window.position
+        self._window.index += len(data)
+        return DeviceData(at, section.id, data)
 
     def _follows(self, expected: str) -> Steps[bool]:
         """Say whether behind a footer, which is at hand, there is what can be behind one."""
