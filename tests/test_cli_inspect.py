@@ -256,6 +256,24 @@ class StreamTests(InspectCase):
         many += b"".join(bytes(part) for part in parts) + EOS + writer.section_end(2) + ending()
         self.assertEqual({"normal": 1000}, self.answer(self.file(many))["ram"]["pages"])
 
+    def test_unread(self) -> None:
+        """Whoever has read enough may go."""
+        path = self.file(stream())
+        for option in ("--json", "--fields"):
+            code = f"import sys; sys.argv[1:] = ['inspect', {option!r}, {path!r}]\n"
+            code += "import os; os.read(0, 1)\nfrom qmigd.cli.main import main; main()"
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            assert process.stdout is not None
+            process.stdout.close()
+            process.stdout = None
+            _, errors = process.communicate(b"\n")
+            self.assertEqual((Exit.UNKNOWN, b""), (process.returncode, errors))
+
     def test_not_described(self) -> None:
         """Devices that nothing is said of, or something wrong, are told with the reason."""
         head = writer.section_start(SectionType.FULL, 7, "rtc", 0, 3)

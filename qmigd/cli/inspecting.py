@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> Exit:
             _read_channel(channel, number, report.summary, progress)
     except QmigdError as error:
         report.failed = error
+    except KeyboardInterrupt:
+        raise Ending(Exit.UNKNOWN, "interrupted", "Interrupted.") from None
     finally:
         progress.close()
     if options.json:
