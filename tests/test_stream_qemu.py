@@ -7,21 +7,28 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from uuid import UUID
 
 from qmigd.stream import xbzrle
 from qmigd.stream.devices import Devices, find_description
 from qmigd.stream.events import (
     Command,
+    Compressed,
     Configuration,
+    Description,
     DeviceData,
     End,
     Event,
+    MappedPages,
     Package,
+    Pages,
+    RamBlocks,
     SectionEnd,
     SectionStart,
     Xbzrle,
+    Zeros,
 )
-from qmigd.stream.format import CommandNumber
+from qmigd.stream.format import CommandNumber, RamBlock
 from qmigd.stream.joining import join
 from qmigd.stream.ram import RamImage
 from qmigd.stream.reader import Reader
@@ -142,6 +149,39 @@ class SavedTests(StreamCase):
             self.compare(ram, guest)
             guest.close()
 
+    def test_compress(self) -> None:
+        """Pages that QEMU 7.2 has compressed one by one are what they were."""
+        guest = self.source("7.2", "compress", "validate-uuid")
+        ram, kinds = image(), set()
+        for event in events(self.save(guest)):
+            ram.take(event)
+            kinds.add(type(event))
+            if isinstance(event, Configuration):
+                self.assertEqual(guest.qmp("query-uuid")["UUID"], str(UUID(bytes=event.uuid)))
+        self.assertIn(Compressed, kinds)
+        self.compare(ram, guest)
+
+    def test_ignore_shared(self) -> None:
+        """RAM that remains where it is has its address in the stream, and no pages."""
+        for capabilities, uri in (
+            (("x-ignore-shared",), "exec:cat > {}"),
+            (("x-ignore-shared", "mapped-ram"), "file:{}"),
+        ):
+            shared = f"memory-backend-file,id=m,size=64M,share=on,mem-path={self.mktemp()}"
+            guest = self.source(
+                "11", *capabilities, extra=("-object", shared, "-machine", "memory-backend=m")
+            )
+            seen = list(events(self.save(guest, uri)))
+            self.assertIsInstance(seen[-1], Description)
+            (setup,) = (event for event in seen if isinstance(event, RamBlocks))
+            block = setup.blocks[0]
+            self.assertEqual(("m", guest.memory, 0), (block.name, block.length, block.address))
+            self.assertEqual("mapped-ram" in capabilities, block.mapped is not None)
+            paged = {e.block for e in seen if isinstance(e, Pages | Zeros | MappedPages)}
+            self.assertNotIn("m", paged)
+            self.assertIn("pc.bios", paged)
+            guest.close()
+
 
 class CapturedTests(StreamCase):
     def captured(
@@ -150,14 +190,24 @@ class CapturedTests(StreamCase):
         *capabilities: str,
         postcopy: bool = False,
         machine: str = MACHINE,
+        paused: bool = True,
+        rate: int = 0,
     ) -> tuple[Guest, Guest, list[bytes]]:
-        """Migrate through somebody who writes it down; returns both guests and the connections."""
+        """Migrate through somebody who writes it down; returns both guests and the connections.
+
+        :param paused: the guest remains paused at the destination, and its RAM what came.
+        :param rate: bytes in a second that the source sends in postcopy; 0: as fast as it can.
+        """
         source = self.source(label, *capabilities, machine=machine)
-        destination = self.destination(label, *capabilities, machine=machine)
+        destination = self.destination(label, *capabilities, machine=machine, paused=paused)
         if "multifd" in capabilities:
             for guest in (source, destination):
                 guest.qmp("migrate-set-parameters", {"multifd-channels": 3})
         recorder = self.recorder(destination)
+        if postcopy:
+            # slowly at first, so that it is not over before it is switched
+            limits = {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": rate}
+            source.qmp("migrate-set-parameters", limits)
         source.qmp("migrate", uri=recorder.uri)
         if postcopy:
             source.wait_migration("active", "failed")
@@ -185,6 +235,24 @@ class CapturedTests(StreamCase):
             self.compare(ram, source)
             source.close()
             destination.close()
+
+    def test_preempt(self) -> None:
+        """The pages that a guest has asked for, on a channel of their own, are all that is left."""
+        source, _, (data, urgent) = self.captured(
+            "11", "postcopy-ram", "postcopy-preempt", postcopy=True, paused=False, rate=4 << 20
+        )
+        ram = image()
+        blocks: tuple[RamBlock, ...] = ()
+        for event in events(data):
+            ram.take(event)
+            if isinstance(event, RamBlocks):
+                blocks = event.blocks
+        asked = 0
+        for event in events(urgent, Reader(records_only=True, blocks=blocks)):
+            ram.take(event)
+            asked += len(event.offsets) if isinstance(event, Pages | Zeros) else 0
+        self.assertGreater(asked, 0)
+        self.compare(ram, source)
 
     def test_multifd(self) -> None:
         """What was captured of several channels gives the RAM that both ends have."""

@@ -78,10 +78,10 @@ class Window:
                 yield None
         self._check(count, expected)
 
-    def more(self) -> Steps[bool]:
-        """Wait for one byte; returns whether there is one."""
-        while not self.available:
-            if not self._refill(1):
+    def more(self, count: int = 1) -> Steps[bool]:
+        """Wait until ``count`` bytes are at hand; returns False where the stream ends before."""
+        while len(self.view) - self.index < count:
+            if not self._refill(count):
                 if self.closed:
                     return False
                 yield None
