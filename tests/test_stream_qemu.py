@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from qmigd.stream import xbzrle
@@ -51,7 +54,19 @@ class SavedTests(StreamCase):
             assert isinstance(registers, list)
             self.assertEqual(16, len(registers))
             self.assertIn("runstate", decoded["globalstate", 0])
+            self.check_example(data, decoded["cpu", 0]["env.eip"], guest.memory)
             guest.close()
+
+    def check_example(self, data: bytes, instruction: object, memory: int) -> None:
+        """Run the example of the documentation."""
+        path = Path(self.mktemp())
+        path.write_bytes(data)
+        page = Path(__file__).parents[1] / "docs" / "stream.md"
+        (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        with redirect_stdout(io.StringIO()) as out:
+            exec(example, {"FILE": path})  # noqa: S102
+        assert isinstance(instruction, int)
+        self.assertEqual([hex(instruction), str(memory)], out.getvalue().split())
 
     def decode(
         self, stream: Iterator[Event], ram: RamImage, devices: Devices

@@ -96,10 +96,10 @@ class Source:
         """Return the end of the file, long enough for a description, and where that begins."""
         assert self.size is not None
         start = max(self.start, self.size - MAX_DESCRIPTION - 16)
-        data = bytearray()
-        while piece := os.pread(self._descriptor, PIECE, start + len(data)):
-            data += piece
-        return bytes(data), start
+        try:
+            return os.pread(self._descriptor, self.size - start, start), start
+        except OSError as error:
+            raise FileError(f"{self.name} cannot be read: {error.strerror}.") from None
 
     def _look(self, regular: bool) -> None:
         self._first = self._some(saved.FIXED)
@@ -200,7 +200,5 @@ def opened(name: str) -> Source:
     try:
         descriptor = 0 if name == STANDARD_INPUT else os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         return Source("standard input" if name == STANDARD_INPUT else name, descriptor)
-    except IsADirectoryError:
-        raise FileError(f"{name} is a directory, not a stream.") from None
     except OSError as error:
         raise FileError(f"{name} cannot be read: {error.strerror}.") from None

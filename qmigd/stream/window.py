@@ -129,9 +129,8 @@ class Window:
 
     def _check(self, count: int, expected: str) -> None:
         if self.limit is not None and self.position + count > self.limit:
-            raise StreamError(
-                self.position, expected, f"the end of the package after {self.available} bytes"
-            )
+            left = self.limit - self.position
+            raise StreamError(self.position, expected, f"the end of the package after {left} bytes")
 
     def _refill(self, count: int) -> bool:
         """Take from what was fed and is not at hand yet; returns whether there was any.
