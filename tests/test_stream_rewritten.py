@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -300,6 +301,19 @@ class FileTests(RewrittenCase):
             destination = self.destination(label)
             self.load(destination, again)
             self.goes_on(source, destination)
+
+    def test_example(self) -> None:
+        """The documentation's example makes a copy whose guest stays paused."""
+        source = self.source("7.2")
+        names = {"FILE": self.mktemp(), "COPY": self.mktemp()}
+        Path(names["FILE"]).write_bytes(self.save(source))
+        page = Path(__file__).parents[1] / "docs" / "stream-formats.md"
+        (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        exec(example, names)  # noqa: S102
+        destination = self.destination("7.2", paused=False)
+        self.load(destination, Path(names["COPY"]).read_bytes())
+        self.assertEqual("paused", destination.status())
+        self.goes_on(source, destination)
 
     def test_mapped_ram(self) -> None:
         """A file with mapped-ram is the same to the byte, and QEMU loads it as a stream."""
