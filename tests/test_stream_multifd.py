@@ -338,6 +338,18 @@ class RefusedTests(SynchronousTestCase):
             finally:
                 tracemalloc.stop()
 
+    def test_window(self) -> None:
+        """A frame that needs more memory than QEMU's highest level is refused; that one is not."""
+        data = page(1)
+        for level in (1, 20):
+            packed_page = Packer(page_size=PAGE, compression="zstd", level=level)
+            self.assertEqual(
+                Decompressor("zstd")(packed_page.pages(0, "pc.ram", [0], [data])[1], PAGE), data
+            )
+        # A frame header by itself: magic, no flags, a window of 2 to the power 26.
+        with self.assertRaisesRegex(StreamError, "compressed with zstd"):
+            Decompressor("zstd")(bytes.fromhex("28b52ffd 00 80 0100000000"), PAGE)
+
     def test_lengths_allocate_nothing(self) -> None:
         """A length of 4 GiB takes no memory before that many bytes have come."""
         head = bytes(Packer(page_size=PAGE).device_state("dev", 0, b"x")[0])

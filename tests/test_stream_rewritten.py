@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from qmigd.stream.events import (
     Zeros,
 )
 from qmigd.stream.format import (
+    IGNORE_SHARED,
     MAPPED_RAM,
     RAM_NAME,
     CommandNumber,
@@ -155,7 +158,7 @@ def mapped(stream: Iterable[Event], ram: RamImage) -> bytes:
         ram.take(event)
         if isinstance(event, SectionStart):
             inside = event.name
-        if isinstance(event, Configuration):
+        if isinstance(event, Configuration) and MAPPED_RAM not in (event.capabilities or ()):
             event = replace(event, capabilities=(MAPPED_RAM,))
         if isinstance(event, RamBlocks):
             file.put(*layout.setup(position, event.blocks, event.total))
@@ -299,6 +302,19 @@ class FileTests(RewrittenCase):
             self.load(destination, again)
             self.goes_on(source, destination)
 
+    def test_example(self) -> None:
+        """The documentation's example makes a copy whose guest stays paused."""
+        source = self.source("7.2")
+        names = {"FILE": self.mktemp(), "COPY": self.mktemp()}
+        Path(names["FILE"]).write_bytes(self.save(source))
+        page = Path(__file__).parents[1] / "docs" / "stream-formats.md"
+        (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        exec(example, names)  # noqa: S102
+        destination = self.destination("7.2", paused=False)
+        self.load(destination, Path(names["COPY"]).read_bytes())
+        self.assertEqual("paused", destination.status())
+        self.goes_on(source, destination)
+
     def test_mapped_ram(self) -> None:
         """A file with mapped-ram is the same to the byte, and QEMU loads it as a stream."""
         for label, more in (("10.0", ()), ("11", ("multifd",))):
@@ -308,6 +324,23 @@ class FileTests(RewrittenCase):
             destination = self.destination(label)
             self.load(destination, written(condensed(events(data), image())))
             self.goes_on(source, destination)
+
+    def test_shared_ram(self) -> None:
+        """RAM that is left out, because another QEMU shares it, has no pages and no place."""
+        for label, capabilities, uri in (
+            ("10.0", [IGNORE_SHARED], "exec:cat > {}"),
+            ("11", [IGNORE_SHARED, MAPPED_RAM], "file:{}"),
+        ):
+            # Anonymous memory would not do: the other QEMU has to find it by its name.
+            path = Path(self.mktemp()).absolute()
+            memory = f"memory-backend-file,id=pc.ram,size=32M,share=on,mem-path={path}"
+            extra = ["-object", memory, "-machine", "memory-backend=pc.ram"]
+            source = self.source(label, *capabilities, extra=extra)
+            data = self.save(source, uri)
+            again = mapped(events(data), image()) if MAPPED_RAM in capabilities else None
+            self.assertTrue((again or written(events(data))) == data)
+            self.assertLess(len(data), 16 << 20)
+            source.close()
 
     def test_mapped_ram_of_a_stream(self) -> None:
         """QEMU loads a stream that was made a file with mapped-ram."""
