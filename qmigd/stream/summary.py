@@ -314,7 +314,9 @@ class Summary:
             self.postcopy[kind] += count
             return
         number = -1 if block is None else block.number
-        again = (np.flatnonzero(offsets[1:] <= offsets[:-1]) + 1).tolist()
+        again = []
+        if count > 1:
+            again = (np.flatnonzero(offsets[1:] <= offsets[:-1]) + 1).tolist()
         another = not self.passes or (number, int(offsets[0])) <= self._last
         self._last = (number, int(offsets[-1]))
         for start, end in pairwise([0, *again, count]):

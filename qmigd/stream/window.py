@@ -110,6 +110,11 @@ class Window:
         index = self.index + ahead
         return bytes(self.view[index : index + count])
 
+    def flags(self, ahead: int, mask: int) -> int:
+        """Look at the low bits of the eight bytes behind ``ahead`` others, all being at hand."""
+        start = self.index + ahead
+        return int.from_bytes(self.view[start : start + 8], "big") & mask
+
     def bytes(self, count: int, expected: str) -> Steps[bytes]:
         """Take ``count`` bytes, which should be no more than a record has."""
         yield from self.need(count, expected)
