@@ -193,6 +193,25 @@ class PureTests(SynchronousTestCase):
         self.assertEqual(done.stdout.strip(), "")
 
 
+class IdleTests(SynchronousTestCase):
+    def test_no_numpy(self) -> None:
+        """A daemon that has begun, and a qmigctl that asks it, have not loaded numpy."""
+        script = (
+            "import sys\n"
+            "import qmigd.cli.session, qmigd.daemon.commands, qmigd.daemon.service\n"
+            "import twisted.plugins.qmigd_plugin\n"
+            "print('numpy' in sys.modules)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=_ROOT.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        self.assertEqual(done.stdout, "False\n")
+
+
 class CoreTests(SynchronousTestCase):
     def test_names_no_feature(self) -> None:
         """No string outside of the features' own room has a built-in feature's name as a word.

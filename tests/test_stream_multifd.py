@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -14,6 +15,17 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.errors import StreamError
+from qmigd.stream.events import (
+    End,
+    Event,
+    MultifdFlush,
+    Pages,
+    SectionEnd,
+    SectionStart,
+    Zeros,
+)
+from qmigd.stream.format import SectionType
+from qmigd.stream.joining import join
 from qmigd.stream.multifd import (
     COMPRESSIONS,
     DEVICE_STATE,
@@ -326,6 +338,18 @@ class RefusedTests(SynchronousTestCase):
             finally:
                 tracemalloc.stop()
 
+    def test_window(self) -> None:
+        """A frame that needs more memory than QEMU's highest level is refused; that one is not."""
+        data = page(1)
+        for level in (1, 20):
+            packed_page = Packer(page_size=PAGE, compression="zstd", level=level)
+            self.assertEqual(
+                Decompressor("zstd")(packed_page.pages(0, "pc.ram", [0], [data])[1], PAGE), data
+            )
+        # A frame header by itself: magic, no flags, a window of 2 to the power 26.
+        with self.assertRaisesRegex(StreamError, "compressed with zstd"):
+            Decompressor("zstd")(bytes.fromhex("28b52ffd 00 80 0100000000"), PAGE)
+
     def test_lengths_allocate_nothing(self) -> None:
         """A length of 4 GiB takes no memory before that many bytes have come."""
         head = bytes(Packer(page_size=PAGE).device_state("dev", 0, b"x")[0])
@@ -374,3 +398,62 @@ class RefusedTests(SynchronousTestCase):
         self.assertEqual((SYNC, DEVICE_STATE), (1, 64))
         self.assertEqual(dict(COMPRESSIONS), {"none": 0, "zlib": 2, "zstd": 4})
         self.assertEqual(ram_packet(5, [1], [0, 2]).zero.tolist(), [0, 2 * PAGE])
+
+
+class JoinTests(SynchronousTestCase):
+    """What goes through several channels as if it had been one."""
+
+    SETUP = (
+        SectionStart(0, SectionType.START, 2, "ram", 0, 4),
+        SectionEnd(0, 2),
+    )
+    ROUND = (SectionStart(0, SectionType.PART, 2, "ram", 0, 4), SectionEnd(50, 2))
+    END = End(0)
+
+    def channel(self, *told: tuple[str, list[int], list[int]]) -> list[Any]:
+        return unpacked(packed(told, "none"))
+
+    def shown(self, main: Iterable[Event], *channels: list[Any]) -> list[str]:
+        """Return where the pages are between the other events."""
+        found = []
+        for event in join(main, channels):
+            if isinstance(event, Pages | Zeros):
+                found.append(f"{type(event).__name__} {(event.offsets // PAGE).tolist()}")
+            else:
+                found.append(type(event).__name__)
+        return found
+
+    def test_each_section(self) -> None:
+        """With old machine types a round ends with each section of RAM."""
+        sync: tuple[str, list[int], list[int]] = ("sync", [], [])
+        one = self.channel(sync, ("pages", [1], []), ("old sync", [2], []), ("pages", [], []))
+        other = self.channel(sync, ("pages", [3], [4]), sync)
+        self.assertEqual(
+            self.shown([*self.SETUP, *self.ROUND, self.END], one, other),
+            ["SectionStart", "SectionEnd", "SectionStart"]
+            + ["Pages [1]", "Pages [2]", "Pages [3]", "Zeros [4]", "SectionEnd", "End"],
+        )
+
+    def test_each_flush(self) -> None:
+        """With newer ones it ends where it is said, and sections do not count."""
+        sync: tuple[str, list[int], list[int]] = ("sync", [], [])
+        one = self.channel(sync, ("pages", [1], []), sync)
+        start, end = self.SETUP
+        main: list[Event] = [start, MultifdFlush(0), end, *self.ROUND, *self.ROUND]
+        main[-1:-1] = [MultifdFlush(60)]
+        self.assertEqual(
+            self.shown([*main, self.END], one),
+            ["SectionStart", "SectionEnd"] * 2 + ["SectionStart", "Pages [1]", "SectionEnd", "End"],
+        )
+
+    def test_refused(self) -> None:
+        """Channels that end before, or go on behind, the main one; and state of devices."""
+        sync: tuple[str, list[int], list[int]] = ("sync", [], [])
+        main: list[Event] = [*self.SETUP, *self.ROUND, self.END]
+        with self.assertRaisesRegex(StreamError, "a packet with SYNC in each") as caught:
+            self.shown(main, self.channel(sync))
+        self.assertEqual(caught.exception.offset, 50)
+        with self.assertRaisesRegex(StreamError, "the end of the channel, found more pages"):
+            self.shown(main, self.channel(sync, sync, ("pages", [1], [])))
+        with self.assertRaisesRegex(ValueError, "State of devices"):
+            self.shown(main, self.channel(sync, ("device", [1], []), sync))

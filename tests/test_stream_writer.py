@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from twisted.trial.unittest import SynchronousTestCase
 
-from qmigd.stream import writer
+from qmigd.errors import StreamError
+from qmigd.stream import writer, xbzrle
 from qmigd.stream.events import (
     Command,
     Compressed,
@@ -176,6 +177,19 @@ class RoundTripTests(SynchronousTestCase):
         data = written(events)
         self.assertEqual(written(read(data, cuts)), data)
 
+    @settings(deadline=None, max_examples=300)
+    @given(streams(), st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), max_size=3))
+    def test_garbled(self, events: list[Event], changes: list[tuple[int, int]]) -> None:
+        """Whatever a reader has taken is written so that it means the same."""
+        data = bytearray(written(events))
+        for place, byte in changes:
+            data[place % len(data)] = byte
+        try:
+            found = meaning(read(bytes(data)))
+        except StreamError:
+            return
+        self.assertEqual(meaning(read(written(read(bytes(data))))), found)
+
     def test_byte_by_byte(self) -> None:
         """The same holds where each byte comes alone."""
         events: list[Event] = [
@@ -334,3 +348,45 @@ class RecordTests(SynchronousTestCase):
     def test_odd_ram(self) -> None:
         """RAM that is no whole number of pages is refused."""
         self.assertRaises(ValueError, ram_of, bytes(PAGE + 1), PAGE)
+
+
+class XbzrleTests(SynchronousTestCase):
+    """A page as its difference to what it was before."""
+
+    @settings(deadline=None)
+    @given(
+        st.lists(
+            st.tuples(st.integers(0, PAGE - 1), st.binary(min_size=1, max_size=300)), max_size=9
+        )
+    )
+    def test_applied(self, changes: list[tuple[int, bytes]]) -> None:
+        """Applied to the page before it gives the page."""
+        before = bytes(rows([0], 5))
+        now = bytearray(before)
+        for place, data in changes:
+            now[place : place + len(data)] = data[: PAGE - place]
+        difference = xbzrle.encode(before, bytes(now))
+        if difference is None:
+            changed = sum(one != other for one, other in zip(before, now, strict=True))
+            self.assertGreater(3 * changed, PAGE)
+            return
+        self.assertLessEqual(len(difference), PAGE)
+        self.assertEqual(bool(difference), bytes(now) != before)
+        again = bytearray(before)
+        xbzrle.apply(memoryview(again), difference, 0)
+        self.assertEqual(again, now)
+
+    def test_bytes(self) -> None:
+        """The runs of equal and of other bytes, in numbers of 7 bits a piece."""
+        before = bytes(PAGE)
+        now = bytearray(PAGE)
+        now[1:3] = b"ab"
+        now[203] = 7
+        now[300:500] = bytes(range(1, 201))
+        self.assertEqual(
+            xbzrle.encode(before, bytes(now)),
+            b"\x01\x02ab" + b"\xc8\x01\x01\x07" + b"\x60\xc8\x01" + bytes(range(1, 201)),
+        )
+        self.assertEqual(xbzrle.encode(before, before), b"")
+        self.assertIsNone(xbzrle.encode(before, b"\1" * PAGE))
+        self.assertIsNone(xbzrle.encode(before, b"\1\0" * (PAGE // 2)))

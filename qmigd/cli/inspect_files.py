@@ -7,10 +7,12 @@ off the head, and what is compressed with zstd it unpacks.  Whatever it is gives
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from ..errors import FileError, StreamError
@@ -66,6 +68,9 @@ class Source:
         self._first = b""
         self._end: int | None = None
         self._unpack: Callable[[], memoryview] | None = None
+        if stat.S_ISFIFO(status.st_mode):
+            with suppress(OSError):  # the user has many pipes: then it is slower
+                fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIECE)
         self._look(regular)
         self.seekable = regular and not self.packed
 
@@ -96,10 +101,10 @@ class Source:
         """Return the end of the file, long enough for a description, and where that begins."""
         assert self.size is not None
         start = max(self.start, self.size - MAX_DESCRIPTION - 16)
-        data = bytearray()
-        while piece := os.pread(self._descriptor, PIECE, start + len(data)):
-            data += piece
-        return bytes(data), start
+        try:
+            return os.pread(self._descriptor, self.size - start, start), start
+        except OSError as error:
+            raise FileError(f"{self.name} cannot be read: {error.strerror}.") from None
 
     def _look(self, regular: bool) -> None:
         self._first = self._some(saved.FIXED)
@@ -155,15 +160,22 @@ class Source:
             self._area[:size] = self._first
             self._first = b""
         else:
-            try:
-                size = os.readv(self._descriptor, [self._area])
-            except OSError as error:
-                raise FileError(f"{self.name} cannot be read: {error.strerror}.") from None
+            size = self._fill(self._area)
         self.done += size
         if not size and self._end is not None and self.done < self._end:
             # of a saved guest out of a pipe; the size of a file has been compared already
             raise StreamError(self.done, f"a saved guest of {self._end} bytes", "the end")
         return self._area[:size]
+
+    def _fill(self, area: memoryview) -> int:
+        """Read as much as there is room for, or up to the end: a pipe gives little at once."""
+        size = 0
+        try:
+            while size < len(area) and (count := os.readv(self._descriptor, [area[size:]])):
+                size += count
+        except OSError as error:
+            raise FileError(f"{self.name} cannot be read: {error.strerror}.") from None
+        return size
 
     def _unpacked(self) -> Callable[[], memoryview]:
         parameter = zstd.DecompressionParameter.window_log_max
@@ -200,7 +212,5 @@ def opened(name: str) -> Source:
     try:
         descriptor = 0 if name == STANDARD_INPUT else os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         return Source("standard input" if name == STANDARD_INPUT else name, descriptor)
-    except IsADirectoryError:
-        raise FileError(f"{name} is a directory, not a stream.") from None
     except OSError as error:
         raise FileError(f"{name} cannot be read: {error.strerror}.") from None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, TextIO
@@ -62,20 +62,22 @@ def run(options: argparse.Namespace) -> Exit:
             _read_channel(channel, number, report.summary, progress)
     except QmigdError as error:
         report.failed = error
+    except KeyboardInterrupt:
+        raise Ending(Exit.UNKNOWN, "interrupted", "Interrupted.") from None
     finally:
         progress.close()
-    if report.failed is not None and report.summary.version is None and not options.json:
-        raise report.told(report.failed)  # it is no stream at all
-    if options.plot is not None:
-        _write(options.plot, picture(report.summary, stream.name))
     if options.json:
         report.write_json(sys.stdout)
-        return Exit.OK if report.failed is None else Exit.FAILED
-    report.write_text(sys.stdout, fields=options.fields)
-    if report.failed is not None:
+    elif report.failed is None or report.summary.version is not None:
+        report.write_text(sys.stdout, fields=options.fields)
+    if options.plot is not None:
+        _write(options.plot, picture(report.summary, stream.name))
+    if report.failed is None:
+        return Exit.OK
+    if not options.json:
         told = report.told(report.failed)
         raise Ending(Exit.FAILED, told.code, told.text)
-    return Exit.OK
+    return Exit.FAILED
 
 
 def _the_stream(sources: Sequence[Source], channels: Sequence[Source]) -> Source:
@@ -93,17 +95,8 @@ def _the_stream(sources: Sequence[Source], channels: Sequence[Source]) -> Source
 
 
 def _read_stream(source: Source, summary: Summary, progress: Progress) -> None:
-    sizes = page_size = None
-    if source.seekable:
-        with suppress(StreamError):  # where the description is reached, that is said
-            if found := find_description(*source.tail()):
-                devices = Devices(found[1], found[0])
-                sizes, page_size = devices.sizes(), devices.page_size
-    reader = Reader(
-        start=source.start,
-        page_size=page_size if page_size in _PAGE_SIZES else None,
-        sizes=sizes,
-    )
+    sizes, page_size = _ahead(source) if source.seekable else ({}, None)
+    reader = Reader(start=source.start, page_size=page_size, sizes=sizes)
     mapped: MappedBlock | None = None
     try:
         while data := source.read():
@@ -120,6 +113,17 @@ def _read_stream(source: Source, summary: Summary, progress: Progress) -> None:
     finally:
         summary.finish(reader.position)
         source.close()
+
+
+def _ahead(source: Source) -> tuple[Mapping[tuple[str, int], int], int | None]:
+    """Return what the description at the end says: the sizes of sections, and of a page."""
+    # Where it makes no sense, that is said when it is reached.
+    with suppress(StreamError):
+        if found := find_description(*source.tail()):
+            devices = Devices(found[1], found[0])
+            page_size = devices.page_size if devices.page_size in _PAGE_SIZES else None
+            return devices.sizes(), page_size
+    return {}, None
 
 
 def _pass_over(mapped: MappedBlock, source: Source, reader: Reader) -> None:

@@ -46,6 +46,9 @@ _DEPTH: Final = 32
 #: Devices in a description.
 _DEVICES: Final = 16384
 
+#: Bytes of JSON about one device, and about all that are no devices.
+_LONGEST: Final = 1 << 20
+
 #: Bytes ``,``, ``[`` and ``{`` in what is said of one device.  They bound the number of values,
 #: and so what it can cost as Python's objects.  The largest of a usual guest has some 7,000.
 _MARKS: Final = 1 << 16
@@ -53,11 +56,11 @@ _MARKS: Final = 1 << 16
 #: Bytes from the subsection's mark to its fields, but for the name.
 _SUBSECTION: Final = 6
 
-#: What braces count in JSON: not those in strings.
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]')
+#: What counts in JSON to tell where an object ends: braces, quotes, and what is no quote.
+_TOKEN: Final = re.compile(rb'\\.|["{}\[\]]', re.DOTALL)
 
 
-def find_description(data: bytes, start: int) -> tuple[int, bytes] | None:
+def find_description(data: bytes, start: int) -> tuple[int, memoryview] | None:
     """Find the description in the last bytes of a file, where it is the last thing.
 
     :param data: the end of the file; :data:`MAX_DESCRIPTION` bytes and some are enough.
@@ -72,7 +75,7 @@ def find_description(data: bytes, start: int) -> tuple[int, bytes] | None:
             return None
         size = int.from_bytes(data[at + 1 : at + 5], "big")
         if at + 5 + size == len(data) and data[at + 5 : at + 6] == b"{":
-            return start + at, data[at + 5 :]
+            return start + at, memoryview(data)[at + 5 :]
     return None
 
 
@@ -126,7 +129,7 @@ class Devices:
     :ivar page_size: the target's.
     """
 
-    def __init__(self, data: bytes, at: int) -> None:
+    def __init__(self, data: bytes | memoryview, at: int) -> None:
         """
         :param data: the JSON.
         :param at: where the description begins in the stream.
@@ -140,7 +143,7 @@ class Devices:
         self._at = at + 5
         self._places = list(self._split())
         first, last = (self._places[0][0], self._places[-1][1]) if self._places else (0, 0)
-        rest = _object(data[:first] + data[last:] if last else data, at)
+        rest = _object((data[:first], data[last:]), at)
         devices = rest.get("devices")
         if devices != []:
             raise StreamError(at, "a description with a list of devices", f"{str(devices)[:40]!r}")
@@ -179,7 +182,7 @@ class Devices:
 
     def _device(self, start: int, end: int) -> Device:
         at = self._at + start
-        body = _object(self._data[start:end], at)
+        body = _object((self._data[start:end],), at)
         name = _string(body, "name", at)
         return Device(
             name=name,
@@ -192,18 +195,24 @@ class Devices:
 
     def _split(self) -> Iterator[tuple[int, int]]:
         """Yield where each device begins and ends, without having looked at any as a whole."""
-        depth = start = count = 0
+        depth = start = opened = count = 0
         key = b""
-        inside = False
+        inside = quoted = False
         for found in _TOKEN.finditer(self._data):
             token = found[0]
-            if token in b"{[":
+            if token == b'"':
+                if quoted and depth == 1:
+                    key = bytes(self._data[opened : found.end()])
+                quoted, opened = not quoted, found.start()
+            elif quoted or len(token) > 1:
+                continue
+            elif token in b"{[":
                 if depth == 1:
                     inside = key == b'"devices"' and token == b"["
                 elif depth == 2 and inside:
                     start = found.start()
                 depth += 1
-            elif token in b"}]":
+            else:
                 depth -= 1
                 if depth == 2 and inside:
                     count += 1
@@ -213,8 +222,6 @@ class Devices:
                         )
                     yield start, found.end()
                 inside = inside and depth >= 2
-            elif depth == 1:
-                key = token
 
 
 class _Taking:
@@ -340,7 +347,11 @@ def _mark(name: str) -> bytes:
     return bytes([SectionType.SUBSECTION, len(data) & 0xFF]) + data
 
 
-def _object(data: bytes, at: int) -> dict[str, Any]:
+def _object(parts: Sequence[bytes | memoryview], at: int) -> dict[str, Any]:
+    """Return an object of JSON, out of not too many bytes and not too many values."""
+    if sum(map(len, parts)) > _LONGEST:
+        raise StreamError(at, f"at most {_LONGEST} bytes of JSON for one device", "more")
+    data = b"".join(parts)
     if sum(map(data.count, (b",", b"[", b"{"))) > _MARKS:
         raise StreamError(at, f"at most {_MARKS} values in what is said of a device", "more")
     try:

@@ -144,13 +144,14 @@ MAPPED_VERSION: Final = 1
 #: length has 32 bits in the stream.
 MAX_STRING: Final = 255
 
-#: Blocks of RAM in a stream.  A guest has some dozen; one with hundreds of PCI devices, thousands.
-MAX_RAM_BLOCKS: Final = 16384
+#: Blocks of RAM in a stream.  A guest has some dozen; one with hundreds of PCI devices, a thousand.
+MAX_RAM_BLOCKS: Final = 4096
 
 #: Sections that come in parts: RAM, and one for each device of a kind that moves much.
 MAX_SECTIONS: Final = 4096
 
-#: Bytes of JSON in the description.  One of a guest with 255 CPUs has about 3 MiB.
+#: Bytes of JSON in the description: that of a guest has some 8 KiB for each CPU, and 50 to 100 KiB
+#: for all else.
 MAX_DESCRIPTION: Final = 8 << 20
 
 

@@ -12,7 +12,8 @@ The file is a stream whose setup of RAM has gaps, and whose other sections of RA
 The version is 1.  Places are offsets in the file, whatever is in front of QEMU's part.  The header
 is big-endian.  The bitmap is an array of longs as the host has them, which in practice
 is little-endian: the lowest bit of its first byte is the first page.  A page whose bit is 0 is
-zero, whatever is in its place: it may have been written before it became so.
+zero, whatever is in its place: it may have been written before it became so.  A block whose RAM
+is shared, with ``x-ignore-shared``, has a header with two zeros and no place (QEMU 11).
 
 :class:`MappedWriter` says what has to be written where, in which order does not matter;
 :func:`extents` says what has to be read from where.
@@ -136,21 +137,30 @@ class MappedWriter:
         """Lay out the setup, which has no EOS yet.
 
         :param position: where in the file it begins.
-        :param blocks: all of them; what headers they have is not looked at.
+        :param blocks: all of them.  Their headers are made anew, but for those whose pages have no
+            place: with ``x-ignore-shared`` that is RAM which the other QEMU shares.
         :param total: bytes of all blocks; left out: their sum.
         """
-        every = [replace(block, mapped=None) for block in blocks]
+        every = list(blocks)
         if total is None:
             total = sum(block.length for block in every)
         placed: list[Placed] = [(position, struct.pack(">Q", total | RamFlag.MEM_SIZE))]
         position += 8
         for number, block in enumerate(every):
-            header = header_at(position + len(ram_block(block)), block.length, self._page_size)
+            left_out = block.mapped is not None and not block.mapped.pages_offset
+            header = MappedHeader(self._page_size, 0, 0)
+            part = ram_block(replace(block, mapped=header))
+            if not left_out:
+                at = position + len(part) - MAPPED_HEADER.size
+                header = header_at(at, block.length, self._page_size)
+                part = part[: -MAPPED_HEADER.size] + header.encode()
+                self._headers[block.name] = header
+                self._present[block.name] = np.zeros(block.length // self._page_size, np.bool_)
             every[number] = replace(block, mapped=header)
-            placed.append((position, ram_block(every[number])))
-            position = header.pages_offset + block.length
-            self._headers[block.name] = header
-            self._present[block.name] = np.zeros(block.length // self._page_size, np.bool_)
+            placed.append((position, part))
+            position += len(part)
+            if not left_out:
+                position = header.pages_offset + block.length
         self.position = position
         self.blocks = tuple(every)
         return placed

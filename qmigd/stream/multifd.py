@@ -12,9 +12,9 @@ of the device.  Integers are big-endian, names end in zeros.  The array of offse
 the same length; the normal pages' are in front, the zero pages' follow.  What compresses goes
 on from packet to packet of its channel and is only flushed at the end of each.
 
-Up to QEMU 8.2 there are no zero pages here, and a packet with SYNC may have pages as well;
-from 9.0 on it is one without.  Where zero and room stand nothing, an old QEMU leaves what
-was there before.
+Up to QEMU 8.2 there are no zero pages here, and a packet with SYNC may have pages as well, after
+which one with neither follows; from 9.0 on it is one without pages.  An old QEMU leaves in the
+unused part of a packet what was there before, and even in ``size`` and ``block``.
 
 :class:`Packer` makes the packets of a channel.  :class:`Unpacker` is fed with what comes
 through one and gives them back; who wants the pages to go from the socket straight into RAM
@@ -27,11 +27,9 @@ and multifd-device-state.c of QEMU.
 from __future__ import annotations
 
 import struct
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 from uuid import UUID
 
 import numpy as np
@@ -40,12 +38,8 @@ from numpy.typing import ArrayLike, NDArray
 from qmigd.errors import StreamError
 from qmigd.stream.format import DEFAULT_PAGE_SIZE
 from qmigd.stream.names import read_padded, to_bytes
+from qmigd.stream.packing import COMPRESSIONS, FLAGS, Compressor, Decompressor
 from qmigd.stream.pieces import Buffer, Decoder, Format
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 __all__ = [
     "COMPRESSIONS",
@@ -81,11 +75,6 @@ PACKET_SIZE: Final = 512 << 10
 SYNC: Final = 1 << 0
 DEVICE_STATE: Final = 1 << 6
 _COMPRESSION: Final = 0x1F << 1
-
-#: By ``multifd-compression``; there are qpl (4), uadk (8) and qatzip (16) as well, which take
-#: hardware.
-COMPRESSIONS: Final[Mapping[str, int]] = {"none": 0, "zlib": 1 << 1, "zstd": 2 << 1}
-_NAMES: Final = {value: name for name, value in COMPRESSIONS.items()}
 
 #: QEMU reads compressed pages into a buffer of twice a packet's size.
 _MOST_COMPRESSED: Final = 2 * PACKET_SIZE
@@ -187,27 +176,6 @@ class DeviceState:
 
 
 # -- writing ----------------------------------------------------------------------
-
-
-class Compressor:
-    """Compresses the pages of one channel."""
-
-    def __init__(self, compression: str, level: int) -> None:
-        """:param compression: ``zlib`` with levels 0 to 9, or ``zstd`` with 0 to 20."""
-        self._compress: Callable[[Any], bytes]
-        self._flush: Callable[[], bytes]
-        if compression == "zlib":
-            deflate = zlib.compressobj(level)
-            self._compress = deflate.compress
-            self._flush = lambda: deflate.flush(zlib.Z_SYNC_FLUSH)
-        else:
-            packer = zstd.ZstdCompressor(level=level)
-            self._compress = packer.compress
-            self._flush = lambda: packer.flush(packer.FLUSH_BLOCK)
-
-    def __call__(self, pages: Iterable[Buffer]) -> bytes:
-        """Return what a packet with these pages has behind it."""
-        return b"".join([*map(self._compress, pages), self._flush()])
 
 
 class Packer:
@@ -391,7 +359,7 @@ def read_packet(
             f"the offset of a page of {page_size} bytes in a block of {most}",
             hex(int(places[at])),
         )
-    compression = _NAMES.get(flags & _COMPRESSION)
+    compression = FLAGS.get(flags & _COMPRESSION)
     if compression is None:
         raise StreamError(
             offset + 8, f"a compression out of {', '.join(COMPRESSIONS)}", f"flags {flags:#x}"
@@ -403,37 +371,6 @@ def read_packet(
     return PagePacket(
         number, block, places[:normal], places[normal:], size, compression, bool(flags & SYNC)
     )
-
-
-class _Decompresses(Protocol):
-    def decompress(self, data: Any, /, max_length: int) -> bytes: ...
-
-
-class Decompressor:
-    """Unpacks the pages of one channel."""
-
-    def __init__(self, compression: str) -> None:
-        """:param compression: ``zlib`` or ``zstd``."""
-        self._what = compression
-        self._how: _Decompresses = (
-            zlib.decompressobj() if compression == "zlib" else zstd.ZstdDecompressor()
-        )
-
-    def __call__(self, data: Buffer, expected: int, offset: int = 0) -> bytes:
-        """Return the pages behind one packet.
-
-        :param expected: bytes of these pages; hardly more is ever unpacked.
-        :param offset: where ``data`` is, for the error.
-        :raises StreamError: it is not that.
-        """
-        try:
-            pages = self._how.decompress(data, max_length=expected + 1)
-        except (zlib.error, zstd.ZstdError, EOFError) as error:
-            raise StreamError(offset, f"pages compressed with {self._what}", str(error)) from None
-        if len(pages) != expected:
-            found = f"{len(pages)}" if len(pages) < expected else "more"
-            raise StreamError(offset, f"{expected} bytes of pages, compressed", found)
-        return pages
 
 
 class Unpacker(Decoder[Initial | PageData | DeviceState]):

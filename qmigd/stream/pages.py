@@ -160,11 +160,12 @@ def _zeros(window: Window, ram: Ram) -> Steps[None]:
     yield from window.need(size, "a page of zeros")
     at = window.position
     offsets = _run(window, ram, size, _ZERO | _CONTINUE)
-    fills = np.ndarray((len(offsets),), np.uint8, window.view, window.index + _HEAD, (size,))
-    fill = int(fills[0])
-    other = fills != fill
-    if other.any():
-        offsets = offsets[: int(other.argmax())]
+    fill = window.view[window.index + _HEAD]
+    if len(offsets) > 1:
+        fills = np.ndarray((len(offsets),), np.uint8, window.view, window.index + _HEAD, (size,))
+        other = fills != fill
+        if other.any():
+            offsets = offsets[: int(other.argmax())]
     window.index += size * len(offsets)
     yield Zeros(at, ram.block, offsets, fill)
 
@@ -175,9 +176,17 @@ def _run(window: Window, ram: Ram, size: int, wanted: int) -> NDArray[np.uint64]
     :param size: of a record, bytes.
     :returns: the offsets of their pages.
     """
+    mask = ram.page_size - 1
     count = min(window.available // size, ram.guess)
+    if count == 1 or window.flags(size, mask) != wanted:
+        # alone: what arrays cost is worth it for more than one
+        head = int.from_bytes(window.look(_HEAD), "big")
+        if count > 1:
+            ram.guess = _FEW
+        _check_place(ram, window.position, head - wanted)
+        return np.array([head - wanted], np.uint64)
     heads = np.ndarray((count,), ">u8", window.view, window.index, (size,)).astype(np.uint64)
-    other = (heads & np.uint64(ram.page_size - 1)) != wanted
+    other = (heads & np.uint64(mask)) != wanted
     if other.any():
         heads = heads[: int(other.argmax())]
         ram.guess = max(_FEW, len(heads))
@@ -185,23 +194,25 @@ def _run(window: Window, ram: Ram, size: int, wanted: int) -> NDArray[np.uint64]
         ram.guess = min(2 * count, _MANY)
     offsets = heads - np.uint64(wanted)
     length = ram.blocks.get(ram.block)
-    if length is not None and (beyond := offsets > max(length - ram.page_size, 0)).any():
-        first = int(beyond.argmax())
-        raise StreamError(
-            window.position + first * size,
-            f"a page within the {length:#x} bytes of {ram.block!r}",
-            f"one at {int(offsets[first]):#x}",
-        )
+    if length is not None and int(offsets.max()) + ram.page_size > length:
+        last = length - ram.page_size
+        first = int((offsets > np.uint64(last)).argmax()) if last >= 0 else 0
+        _check_place(ram, window.position + first * size, int(offsets[first]))
     return offsets
 
 
-def _one(window: Window, ram: Ram, at: int, page: int, kind: int, *, named: bool) -> Steps[None]:
-    """Read what is behind the head, and the name, of a single record."""
+def _check_place(ram: Ram, at: int, page: int) -> None:
+    """Refuse a page that is not in its block."""
     length = ram.blocks.get(ram.block)
     if length is not None and page + ram.page_size > length:
         raise StreamError(
             at, f"a page within the {length:#x} bytes of {ram.block!r}", f"one at {page:#x}"
         )
+
+
+def _one(window: Window, ram: Ram, at: int, page: int, kind: int, *, named: bool) -> Steps[None]:
+    """Read what is behind the head, and the name, of a single record."""
+    _check_place(ram, at, page)
     if kind == _PAGE:
         yield from window.need(ram.page_size, "a page of RAM")
         data = np.ndarray((1, ram.page_size), np.uint8, window.view, window.index)

@@ -69,7 +69,8 @@ class Decoder(ABC, Generic[E]):
         except StreamError as error:
             self._refused = True
             failed = error
-        events, self._events = self._events, []
+        events = self._events.copy()
+        self._events.clear()  # and not another list: the format may have got hold of this one
         return _deliver(events, failed)
 
     def end(self) -> None:

@@ -24,10 +24,12 @@ is told by the description only, which comes last.  There are two ways:
   They are exact, and a section that is not followed by its footer is an error.
 - *Without.*  A section is followed by its footer, and that by another section, a command or the
   end.  The first place where all of this is so is taken: five bytes of the footer, and a whole
-  section header with a name, or a command with the length that it has to have, or one byte 00.  A
-  device would have to have its own id behind 7e in its state, and something of the sort behind
-  that, to be cut in the wrong place; whether one was is seen as soon as the description has come,
-  since then its size is known (:meth:`~qmigd.stream.devices.Device.decode`).
+  section header with a name, or a command with the length that it has to have, or 00 with
+  nothing, or the beginning of the description, behind it.  A device would have to have its own id
+  behind 7e in its state, and something of the sort behind that, to be cut in the wrong place;
+  whether one was is seen as soon as the description has come, since then its size is known
+  (:meth:`~qmigd.stream.devices.Device.decode`).  The last section is therefore known to be over
+  when the description begins, or when the stream is closed.
 
 Streams of machine types without footers (up to 2.3) therefore need the sizes, but for RAM.
 """
@@ -68,6 +70,7 @@ from qmigd.stream.format import (
     VERSION,
     CommandNumber,
     RamBlock,
+    RamFlag,
     SectionType,
 )
 from qmigd.stream.pages import Ram, ram_records
@@ -83,6 +86,14 @@ _FOOTER: Final = 5
 
 #: Binary logarithms of page sizes: from TARGET_PAGE_BITS_MIN of QEMU's targets to 64 KiB.
 _PAGE_BITS: Final = range(10, 17)
+
+#: The flags that a record of RAM may have.
+_RECORDS: Final = {
+    *(int(RamFlag.CONTINUE) * more | kind
+      for more in (0, 1)
+      for kind in (RamFlag.PAGE, RamFlag.ZERO, RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE)),
+    RamFlag.EOS, RamFlag.MEM_SIZE, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH,
+}  # fmt: skip
 
 _SECTIONS: Final = {
     SectionType.START,
@@ -373,26 +384,30 @@ class Reader:
         expected = f"{section.name!r}, and the footer of section {section.id}"
         while True:
             count = yield from window.some(expected)
-            at = window.position
             piece = window.look(min(count, _SEARCHED))
-            found = piece.find(footer)
-            if found < 0:
-                # the beginning of a footer may be all that is here
-                found = next(
-                    (at for at in range(max(len(piece) - _FOOTER + 1, 0), len(piece))
-                     if footer.startswith(piece[at:])),
-                    len(piece),
-                )  # fmt: skip
-                if not found:
-                    yield from window.need(len(piece) + 1, expected)
-                    continue
-            if found:
-                window.index += found
-                yield DeviceData(at, section.id, piece[:found])
-            elif (yield from self._follows(expected)):
-                return
-            else:
-                yield DeviceData(at, section.id, window.take(1))
+            done = again = 0
+            while (found := piece.find(footer, again)) >= 0:
+                if found > done:
+                    yield self._data(section, piece[done:found])
+                    done = found
+                if (yield from self._follows(expected)):
+                    return
+                again = found + 1
+            # the beginning of a footer may be all that is here
+            end = next(
+                (at for at in range(max(len(piece) - _FOOTER + 1, again), len(piece))
+                 if footer.startswith(piece[at:])),
+                len(piece),
+            )  # fmt: skip
+            if end > done:
+                yield self._data(section, piece[done:end])
+            elif not done:
+                yield from window.need(len(piece) + 1, expected)
+
+    def _data(self, section: SectionStart, data: bytes) -> DeviceData:
+        at = self._window.position
+        self._window.index += len(data)
+        return DeviceData(at, section.id, data)
 
     def _follows(self, expected: str) -> Steps[bool]:
         """Say whether behind a footer, which is at hand, there is what can be behind one."""
@@ -410,18 +425,38 @@ class Reader:
             return True
         kind = (yield from ahead(0, 1))[0]
         if kind == SectionType.EOF:
-            return True
+            return (yield from self._ends())
         if kind in (SectionType.START, SectionType.FULL):
             size = (yield from ahead(5, 1))[0]
             name = yield from ahead(6, size)
             yield from ahead(6 + size, 8)
             return bool(name) and name.isascii() and name.decode().isprintable()
         if kind in (SectionType.PART, SectionType.END):
-            return int.from_bytes((yield from ahead(1, 4)), "big") in self._sections
+            other = self._sections.get(int.from_bytes((yield from ahead(1, 4)), "big"))
+            if other is None or other.name != RAM_NAME:
+                return other is not None
+            flags = int.from_bytes((yield from ahead(5, 8)), "big") & (self._ram.page_size - 1)
+            return flags in _RECORDS
         if kind == SectionType.COMMAND:
             number, size = struct.unpack(">HH", (yield from ahead(1, 4)))
             return _is_command(number, size)
         return False
+
+    def _ends(self) -> Steps[bool]:
+        """Say whether 00 behind a footer is the end: nothing follows, or the description does.
+
+        A lone 00 behind a footer is nothing to go by: it does occur that a number ends in 7e and
+        zeros follow, and the section that has the clocks has the id 0.
+        """
+        window = self._window
+        if window.limit is not None:
+            return window.position + _FOOTER + 1 == window.limit
+        for place, wanted in ((1, SectionType.DESCRIPTION), (6, ord("{"))):
+            if not (yield from window.more(_FOOTER + place + 1)):
+                return True
+            if window.look(1, _FOOTER + place)[0] != wanted:
+                return False
+        return True
 
     # -- commands -----------------------------------------------------------------
 

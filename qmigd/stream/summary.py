@@ -54,7 +54,7 @@ KINDS: Final[Mapping[str, str]] = {
     "xbzrle": "pages as differences",
     "compressed": "compressed pages",
     "bitmap": "bitmaps of mapped-ram",
-    "hole": "places of mapped-ram without a page",
+    "hole": "places without a page",
     "device": "devices",
     "description": "the description of the devices",
     "framing": "headers and all else",
@@ -65,7 +65,7 @@ _MOST: Final = 2000
 
 #: Bytes of devices' sections that are kept to be decoded: all together, and one.
 _KEPT: Final = 4 << 20
-_KEPT_ONE: Final = 512 << 10
+_KEPT_ONE: Final = 256 << 10
 
 _FOOTER: Final = 5
 
@@ -314,7 +314,9 @@ class Summary:
             self.postcopy[kind] += count
             return
         number = -1 if block is None else block.number
-        again = (np.flatnonzero(offsets[1:] <= offsets[:-1]) + 1).tolist()
+        again = []
+        if count > 1:
+            again = (np.flatnonzero(offsets[1:] <= offsets[:-1]) + 1).tolist()
         another = not self.passes or (number, int(offsets[0])) <= self._last
         self._last = (number, int(offsets[-1]))
         for start, end in pairwise([0, *again, count]):

@@ -78,10 +78,10 @@ class Window:
                 yield None
         self._check(count, expected)
 
-    def more(self) -> Steps[bool]:
-        """Wait for one byte; returns whether there is one."""
-        while not self.available:
-            if not self._refill(1):
+    def more(self, count: int = 1) -> Steps[bool]:
+        """Wait until ``count`` bytes are at hand; returns False where the stream ends before."""
+        while len(self.view) - self.index < count:
+            if not self._refill(count):
                 if self.closed:
                     return False
                 yield None
@@ -110,6 +110,11 @@ class Window:
         index = self.index + ahead
         return bytes(self.view[index : index + count])
 
+    def flags(self, ahead: int, mask: int) -> int:
+        """Look at the low bits of the eight bytes behind ``ahead`` others, all being at hand."""
+        start = self.index + ahead
+        return int.from_bytes(self.view[start : start + 8], "big") & mask
+
     def bytes(self, count: int, expected: str) -> Steps[bytes]:
         """Take ``count`` bytes, which should be no more than a record has."""
         yield from self.need(count, expected)
@@ -129,9 +134,8 @@ class Window:
 
     def _check(self, count: int, expected: str) -> None:
         if self.limit is not None and self.position + count > self.limit:
-            raise StreamError(
-                self.position, expected, f"the end of the package after {self.available} bytes"
-            )
+            left = self.limit - self.position
+            raise StreamError(self.position, expected, f"the end of the package after {left} bytes")
 
     def _refill(self, count: int) -> bool:
         """Take from what was fed and is not at hand yet; returns whether there was any.

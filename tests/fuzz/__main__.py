@@ -38,7 +38,7 @@ def _main() -> None:
         for seed in seeds():
             (found / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
         seconds = sys.argv[1] if len(sys.argv) > 1 else "600"
-        options += [f"-max_total_time={seconds}", "-timeout=20", "-print_final_stats=1"]
+        options += [f"-max_total_time={seconds}", "-timeout=120", "-print_final_stats=1"]
         options += [str(found), str(_HERE / "corpus")]
     atheris.Setup([sys.argv[0], *options], check)
     atheris.Fuzz()

@@ -89,8 +89,8 @@ def _read(
             summary.take(event)
             match event:
                 case Pages():
-                    found += [(event.block, at) for at in event.offsets.tolist()]
-                    found += [row.tobytes() for row in event.data]
+                    for at, row in zip(event.offsets.tolist(), event.data, strict=True):
+                        found.append((event.block, at, row.tobytes()))
                 case Zeros():
                     found += [(event.block, at, event.fill) for at in event.offsets.tolist()]
                 case DeviceData():
