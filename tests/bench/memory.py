@@ -6,12 +6,14 @@ what the memory guest is filled with, and in QEMU the same amount out of ``/dev/
 The QEMU is 10.0, whatever the host has.
 
 *Latency* is how long the guest waits for a page in postcopy, as it measures itself
-(``query-faults``), while the other pages come as fast as the link takes them.
+(``query-faults``), over a link of 1 Gbit/s between two namespaces, which the other pages
+saturate.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -20,6 +22,7 @@ from tests.bench.table import Row, compare
 from tests.rig.daemons import free_ports
 from tests.rig.guest import Guest
 from tests.rig.memory import MemoryGuest
+from tests.rig.netns import Link
 from tests.rig.process import temporary_directory
 from tests.rig.qemus import require
 
@@ -34,6 +37,13 @@ _BESIDE = 64
 _NOISE_AT = 32 << 20
 
 _UNLIMITED = 100 << 30
+
+#: MiB that follow the guest in postcopy, and what makes the link one of 1 Gbit/s.
+_BEHIND = 256
+_SLOWER = (
+    *("tc", "qdisc", "add", "dev", "veth", "root", "tbf", "rate", "1gbit"),
+    *("burst", "256k", "latency", "5ms"),
+)
 
 _OVERTAKES = 4.0
 
@@ -117,10 +127,15 @@ def _until(source: Any, status: str) -> dict[str, Any]:
     return done
 
 
-def _pair(stack: ExitStack, *argv: str) -> tuple[MemoryGuest, MemoryGuest]:
-    source = stack.enter_context(MemoryGuest("source", argv))
-    destination = stack.enter_context(MemoryGuest("destination", (*argv, "-incoming", "defer")))
-    return source.start(), destination.start()
+def _pair(
+    stack: ExitStack, *argv: str, link: Link | None = None
+) -> tuple[MemoryGuest, MemoryGuest]:
+    here, there = (link.left, link.right) if link else (None, None)
+    source = MemoryGuest("source", argv, namespace=here)
+    destination = MemoryGuest("destination", (*argv, "-incoming", "defer"), namespace=there)
+    for one in (source, destination):
+        stack.enter_context(one).launch()
+    return source.wait(), destination.wait()
 
 
 def _memory(channels: int) -> float:
@@ -149,14 +164,16 @@ def _qemu(channels: int, noise: str) -> float:
 
 
 def _faults(preempt: bool) -> Mapping[str, Any]:
-    """Move a guest by postcopy; returns how long it waited for pages."""
+    """Move a guest by postcopy over a link; returns how long it waited for pages."""
     with ExitStack() as stack:
-        argv = ("-m", f"{_RAM}M", "-dirty-rate", "8M", "-fill", "random", "-pattern", "random")
-        source, destination = _pair(stack, *argv)
+        link = stack.enter_context(Link())
+        subprocess.run([*link.left.prefix, *_SLOWER], check=True)
+        argv = ("-m", f"{_BEHIND}M", "-dirty-rate", "8M", "-fill", "random", "-pattern", "random")
+        source, destination = _pair(stack, *argv, link=link)
         capabilities = ["postcopy-ram", *(["postcopy-preempt"] if preempt else [])]
         for guest in (source, destination):
             _set(guest, capabilities, max_bandwidth=8 << 20, max_postcopy_bandwidth=0)
-        uri = f"tcp:127.0.0.1:{free_ports()[0]}"
+        uri = f"tcp:{link.right.address}:4444"
         destination.qmp("migrate-incoming", uri=uri)
         source.qmp("migrate", uri=uri)
         _until(source, "active")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.rig.daemons import Daemon
+from tests.rig.netns import Namespace
 from tests.rig.news import DEADLINE, ask_until
 from tests.rig.process import Process, temporary_directory
 from tests.rig.qmp import Lost, QmpClient
@@ -23,14 +24,23 @@ class MemoryGuest:
     :ivar qmp_path: the socket.
     """
 
-    def __init__(self, name: str, argv: Sequence[str] = (), *, path: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str] = (),
+        *,
+        path: str = "",
+        namespace: Namespace | None = None,
+    ) -> None:
         """:param argv: for a guest that :meth:`start` starts.
+        :param namespace: where its network is then, if not here.
         :param path: the QMP socket of one that somebody else starts.
         """
         self.name = name
         self.directory = temporary_directory()
         self.qmp_path = path or os.path.join(self.directory, "qmp")
         self._argv = argv
+        self._prefix = namespace.prefix if namespace else ()
         self._process: Process | None = None
         self._monitor: QmpClient | None = None
 
@@ -48,7 +58,15 @@ class MemoryGuest:
         """Start it."""
         self._process = Process.start(
             [
-                *(sys.executable, "-m", "qmigd.guests.memory", "-name", "vm", *self._argv),
+                *(
+                    *self._prefix,
+                    sys.executable,
+                    "-m",
+                    "qmigd.guests.memory",
+                    "-name",
+                    "vm",
+                    *self._argv,
+                ),
                 *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
             ],
             log=os.path.join(self.directory, "log"),
