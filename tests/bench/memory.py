@@ -119,11 +119,12 @@ def _move(source: Any, destination: Any, channels: int) -> float:
 
 
 def _until(source: Any, status: str) -> dict[str, Any]:
-    done: dict[str, Any] = {}
-    while done.get("status") != status:
-        done = source.qmp("query-migrate")
-        if done.get("status") in ("failed", "cancelled", "postcopy-paused"):
-            raise RuntimeError(f"the migration {done['status']}: {done.get('error-desc')}")
+    """Wait for an event, so that nobody is kept busy with questions; returns what is known then."""
+    wanted = (status, "failed", "cancelled", "postcopy-paused")
+    source.monitor.wait_event("MIGRATION", where=lambda data: data["status"] in wanted)
+    done: dict[str, Any] = source.qmp("query-migrate")
+    if done["status"] in wanted[1:]:
+        raise RuntimeError(f"the migration {done['status']}: {done.get('error-desc')}")
     return done
 
 

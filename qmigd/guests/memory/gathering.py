@@ -13,7 +13,7 @@ import numpy as np
 
 from qmigd.errors import StreamError
 from qmigd.guests.memory.channels import Channel, Lost
-from qmigd.guests.memory.ram import PAGE, runs
+from qmigd.guests.memory.ram import PAGE, Pages, runs
 from qmigd.stream import multifd
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Gathering:
         unpack = None if compression == "none" else multifd.Decompressor(compression)
         blocks = {self._ram.name: self._ram.size}
         head = memoryview(bytearray(1 << 16))
+        space = memoryview(bytearray(multifd.PACKET_SIZE))
         while True:
             if not channel.receive(head[: multifd.HEAD_SIZE]):
                 if self._closed:
@@ -105,17 +106,25 @@ class Gathering:
             if not len(normal):
                 pass
             elif unpack is None:
-                for first, end in runs(normal):
-                    if not channel.receive(self._ram.bytes[first * PAGE : end * PAGE]):
-                        raise Lost("it ended in a page")
+                pages = space[: len(normal) * PAGE]
+                if not channel.receive(pages):
+                    raise Lost("it ended in a page")
+                self._put(normal, pages)
             else:
                 data = unpack(channel.take(packet.payload), len(normal) * PAGE)
-                self._ram.host[normal] = np.frombuffer(data, np.uint8).reshape(-1, PAGE)
+                self._put(normal, memoryview(data))
             if len(packet.zero):
                 for first, end in runs(np.sort((packet.zero // PAGE).astype(np.int64))):
                     self._ram.discard(first, end)
             if packet.sync:
                 self._wait()
+
+    def _put(self, pages: Pages, data: memoryview) -> None:
+        at = 0
+        for first, end in runs(pages):
+            size = (end - first) * PAGE
+            self._ram.put(first, data[at : at + size])
+            at += size
 
     def _wait(self) -> None:
         with self._state:

@@ -55,6 +55,7 @@ class Receiver:
         self._main: Channel | None = None
         self._speaks = False  # whether there is a return path
         self._saying = threading.Lock()
+        self._space = np.empty((_RECEIVE // PAGE, PAGE), np.uint8)
         self._device = bytearray()
         self._name = ""
         self._described = False
@@ -177,11 +178,14 @@ class Receiver:
         if self._faults is not None:
             self._faults.place(pages, data)
             return
-        first, last = int(pages[0]), int(pages[-1])
-        if last - first + 1 == len(pages):
-            self._ram.host[first : last + 1] = data
-        else:
-            self._ram.host[pages] = data
+        at = 0
+        for first, end in runs(pages):
+            while first < end:
+                count = min(end - first, len(self._space))
+                # In one piece, in the CPU's cache.
+                self._space[:count] = data[at : at + count]
+                self._ram.put(first, self._space[:count])
+                first, at = first + count, at + count
         self._received[pages] = True
 
     def _put_zeros(self, offsets: NDArray[np.uint64], fill: int) -> None:
