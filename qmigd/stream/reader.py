@@ -221,7 +221,7 @@ class Reader:
         while len(data) < size:
             count = yield from window.some(f"{size} bytes of the description")
             data += window.take(min(count, size - len(data), _SEARCHED))
-        yield Description(at, bytes(data))
+        yield Description(at, data)  # and no copy: it may be large
         yield from self._nothing_more()
 
     def _nothing_more(self) -> Steps[None]:
