@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tests.bench import (
     handshakes,
+    inspecting,
     ktls,
     movers,
     moves,
@@ -45,6 +46,7 @@ _PARTS: dict[str, tuple[Measure, int]] = {
     tls_streams.PART: (tls_streams.measure, tls_streams.ROUNDS),
     ktls.PART: (ktls.measure, ktls.ROUNDS),
     handshakes.PART: (handshakes.measure, handshakes.ROUNDS),
+    inspecting.PART: (inspecting.measure, inspecting.ROUNDS),
 }
 
 
