@@ -544,9 +544,9 @@ class MemoryTests(InspectCase):
         large = {"name": "rtc", "instance_id": 0, "fields": [numbers]}
         sections = b"".join(
             writer.section_start(SectionType.FULL, number, f"{number:0250}", 0, 1)
-            + bytes(100)
+            + bytes(2100)
             + writer.section_end(number)
-            for number in range(20_000)
+            for number in range(3000)
         )
         blocks = writer.ram_setup([RamBlock(f"{n:0250}", PAGE) for n in range(4096)])
         ram = RAM + blocks + EOS + writer.section_end(2)
@@ -560,7 +560,7 @@ class MemoryTests(InspectCase):
             + b"\xff\xfe" * (1 << 17) + writer.section_end(7)
             + writer.end()
             + description(large),
-            beginning() + sections + writer.end(),
+            beginning() + sections + writer.end() + writer.description(filled),
         ):  # fmt: skip
             self.check(self.file(data))
 

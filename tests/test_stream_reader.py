@@ -410,10 +410,12 @@ class WrongTests(ReaderCase):
         out, told = b"", "read"
         try:
             for event in read(data, cuts):
-                name = (
-                    b"" if isinstance(event, DeviceData | Pages | Zeros) else repr(event).encode()
-                )
-                out += name + (event.data if isinstance(event, DeviceData) else b"")
+                if isinstance(event, Pages | Zeros):
+                    out += b"".join(f"{event.block} {at}".encode() for at in event.offsets)
+                elif isinstance(event, DeviceData):
+                    out += event.data
+                else:
+                    out += repr(event).encode()
         except StreamError as error:
             told = error.text
         return out, told

@@ -2,7 +2,7 @@
 
 With a file, the description of the devices is looked for at its end first, so that it is known
 where each device's section ends, and the places of ``mapped-ram``'s pages are passed over.  A pipe
-is read as it comes (``qmigd/stream/reader.py`` has the difference).  Multifd channels that were
+is read as it comes (``qmigd/stream/borders.py`` has the difference).  Multifd channels that were
 captured beside a stream are counted with it.  What is kept is a
 :class:`~qmigd.stream.summary.Summary`, however long they are.
 """
@@ -66,12 +66,12 @@ def run(options: argparse.Namespace) -> Exit:
         raise Ending(Exit.UNKNOWN, "interrupted", "Interrupted.") from None
     finally:
         progress.close()
+    if options.plot is not None:
+        _write(options.plot, picture(report.summary, stream.name))
     if options.json:
         report.write_json(sys.stdout)
     elif report.failed is None or report.summary.version is not None:
         report.write_text(sys.stdout, fields=options.fields)
-    if options.plot is not None:
-        _write(options.plot, picture(report.summary, stream.name))
     if report.failed is None:
         return Exit.OK
     if not options.json:

@@ -129,7 +129,7 @@ class Devices:
     :ivar page_size: the target's.
     """
 
-    def __init__(self, data: bytes | memoryview, at: int) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview, at: int) -> None:
         """
         :param data: the JSON.
         :param at: where the description begins in the stream.
@@ -347,7 +347,7 @@ def _mark(name: str) -> bytes:
     return bytes([SectionType.SUBSECTION, len(data) & 0xFF]) + data
 
 
-def _object(parts: Sequence[bytes | memoryview], at: int) -> dict[str, Any]:
+def _object(parts: Sequence[bytes | bytearray | memoryview], at: int) -> dict[str, Any]:
     """Return an object of JSON, out of not too many bytes and not too many values."""
     if sum(map(len, parts)) > _LONGEST:
         raise StreamError(at, f"at most {_LONGEST} bytes of JSON for one device", "more")

@@ -257,7 +257,7 @@ class Description:
     """What the devices' sections mean, as JSON (``qmigd.stream.devices``)."""
 
     at: int
-    data: bytes = field(repr=False)
+    data: bytes | bytearray = field(repr=False)
 
 
 Event: TypeAlias = (

@@ -197,7 +197,9 @@ def _run(window: Window, ram: Ram, size: int, wanted: int) -> NDArray[np.uint64]
     if length is not None and int(offsets.max()) + ram.page_size > length:
         last = length - ram.page_size
         first = int((offsets > np.uint64(last)).argmax()) if last >= 0 else 0
-        _check_place(ram, window.position + first * size, int(offsets[first]))
+        if not first:
+            _check_place(ram, window.position, int(offsets[0]))
+        offsets = offsets[:first]  # what is in front of it is good
     return offsets
 
 

@@ -16,31 +16,17 @@ A stream is::
         08 COMMAND u16 number, u16 size, that many bytes
     00 EOF   [06 u32 size, JSON: the description]
 
-**Where a device's section ends.**  The stream does not say how long it is, and what it consists of
-is told by the description only, which comes last.  There are two ways:
-
-- *With sizes.*  Whoever can look at the end of the stream first, which is so for a file, gives
-  the sizes of all sections, out of the description (:meth:`~qmigd.stream.devices.Devices.sizes`).
-  They are exact, and a section that is not followed by its footer is an error.
-- *Without.*  A section is followed by its footer, and that by another section, a command or the
-  end.  The first place where all of this is so is taken: five bytes of the footer, and a whole
-  section header with a name, or a command with the length that it has to have, or 00 with
-  nothing, or the beginning of the description, behind it.  A device would have to have its own id
-  behind 7e in its state, and something of the sort behind that, to be cut in the wrong place;
-  whether one was is seen as soon as the description has come, since then its size is known
-  (:meth:`~qmigd.stream.devices.Device.decode`).  The last section is therefore known to be over
-  when the description begins, or when the stream is closed.
-
-Streams of machine types without footers (up to 2.3) therefore need the sizes, but for RAM.
+Where a device's section ends the stream does not say: it is known by the sizes that whoever reads
+gives, or is found (``borders``).
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 from typing import Final
 
 from qmigd.errors import StreamError
+from qmigd.stream.borders import FOOTER_SIZE, footer, is_command, until_footer
 from qmigd.stream.events import (
     Command,
     Configuration,
@@ -55,7 +41,6 @@ from qmigd.stream.events import (
     SectionStart,
 )
 from qmigd.stream.format import (
-    COMMAND_LENGTHS,
     CONFIGURATION_CAPABILITIES,
     CONFIGURATION_PAGE_BITS,
     CONFIGURATION_UUID,
@@ -70,7 +55,6 @@ from qmigd.stream.format import (
     VERSION,
     CommandNumber,
     RamBlock,
-    RamFlag,
     SectionType,
 )
 from qmigd.stream.pages import Ram, ram_records
@@ -78,22 +62,11 @@ from qmigd.stream.window import Steps, Window, text
 
 __all__ = ["Reader"]
 
-#: Bytes of a device's section that are searched for its end at once.
-_SEARCHED: Final = 1 << 16
-
-#: Bytes of a footer.
-_FOOTER: Final = 5
+#: Bytes that are taken at once of what may be long.
+_PIECE: Final = 1 << 16
 
 #: Binary logarithms of page sizes: from TARGET_PAGE_BITS_MIN of QEMU's targets to 64 KiB.
 _PAGE_BITS: Final = range(10, 17)
-
-#: The flags that a record of RAM may have.
-_RECORDS: Final = {
-    *(int(RamFlag.CONTINUE) * more | kind
-      for more in (0, 1)
-      for kind in (RamFlag.PAGE, RamFlag.ZERO, RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE)),
-    RamFlag.EOS, RamFlag.MEM_SIZE, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH,
-}  # fmt: skip
 
 _SECTIONS: Final = {
     SectionType.START,
@@ -220,8 +193,8 @@ class Reader:
         data = bytearray()
         while len(data) < size:
             count = yield from window.some(f"{size} bytes of the description")
-            data += window.take(min(count, size - len(data), _SEARCHED))
-        yield Description(at, bytes(data))
+            data += window.take(min(count, size - len(data), _PIECE))
+        yield Description(at, data)  # and no copy: it may be large
         yield from self._nothing_more()
 
     def _nothing_more(self) -> Steps[None]:
@@ -341,8 +314,14 @@ class Reader:
             yield from ram_records(window, self._ram)
         elif (size := self._size(section)) is not None:
             yield from self._sized(section, size)
+        elif self._footers is False:
+            raise StreamError(
+                window.position,
+                f"the description before {section.name!r}, since sections have no footers",
+                "none",
+            )
         else:
-            yield from self._unsized(section)
+            yield from until_footer(window, section, self._sections, self._ram.page_size)
         yield from self._footer(section)
 
     def _size(self, section: SectionStart) -> int | None:
@@ -358,8 +337,8 @@ class Reader:
             self._footers = window.look(1)[0] == SectionType.FOOTER
         if self._footers:
             expected = f"the footer of section {section.id}, {section.name!r}"
-            data = yield from window.bytes(_FOOTER, expected)
-            if data != _footer(section.id):
+            data = yield from window.bytes(FOOTER_SIZE, expected)
+            if data != footer(section.id):
                 raise StreamError(at, expected, data.hex())
         yield SectionEnd(at, section.id, self._footers)
 
@@ -369,94 +348,7 @@ class Reader:
         while (left := end - window.position) > 0:
             count = yield from window.some(f"{size} bytes of {section.name!r}")
             at = window.position
-            yield DeviceData(at, section.id, window.take(min(count, left, _SEARCHED)))
-
-    def _unsized(self, section: SectionStart) -> Steps[None]:
-        """Read a device's section up to what looks like its footer (see above)."""
-        window = self._window
-        if self._footers is False:
-            raise StreamError(
-                window.position,
-                f"the description before {section.name!r}, since sections have no footers",
-                "none",
-            )
-        footer = _footer(section.id)
-        expected = f"{section.name!r}, and the footer of section {section.id}"
-        while True:
-            count = yield from window.some(expected)
-            piece = window.look(min(count, _SEARCHED))
-            done = again = 0
-            while (found := piece.find(footer, again)) >= 0:
-                if found > done:
-                    yield self._data(section, piece[done:found])
-                    done = found
-                if (yield from self._follows(expected)):
-                    return
-                again = found + 1
-            # the beginning of a footer may be all that is here
-            end = next(
-                (at for at in range(max(len(piece) - _FOOTER + 1, again), len(piece))
-                 if footer.startswith(piece[at:])),
-                len(piece),
-            )  # fmt: skip
-            if end > done:
-                yield self._data(section, piece[done:end])
-            elif not done:
-                yield from window.need(len(piece) + 1, expected)
-
-    def _data(self, section: SectionStart, data: bytes) -> DeviceData:
-        at = self._window.position
-        self._window.index += len(data)
-        return DeviceData(at, section.id, data)
-
-    def _follows(self, expected: str) -> Steps[bool]:
-        """Say whether behind a footer, which is at hand, there is what can be behind one."""
-        window = self._window
-
-        def ahead(start: int, size: int) -> Steps[bytes]:
-            """Look at what is behind the footer; zeros, if the package ends before."""
-            count = _FOOTER + start + size
-            if window.limit is not None and window.position + count > window.limit:
-                return bytes(size)
-            yield from window.need(count, expected)
-            return window.look(size, _FOOTER + start)
-
-        if window.limit is not None and window.position + _FOOTER == window.limit:
-            return True
-        kind = (yield from ahead(0, 1))[0]
-        if kind == SectionType.EOF:
-            return (yield from self._ends())
-        if kind in (SectionType.START, SectionType.FULL):
-            size = (yield from ahead(5, 1))[0]
-            name = yield from ahead(6, size)
-            yield from ahead(6 + size, 8)
-            return bool(name) and name.isascii() and name.decode().isprintable()
-        if kind in (SectionType.PART, SectionType.END):
-            other = self._sections.get(int.from_bytes((yield from ahead(1, 4)), "big"))
-            if other is None or other.name != RAM_NAME:
-                return other is not None
-            flags = int.from_bytes((yield from ahead(5, 8)), "big") & (self._ram.page_size - 1)
-            return flags in _RECORDS
-        if kind == SectionType.COMMAND:
-            number, size = struct.unpack(">HH", (yield from ahead(1, 4)))
-            return _is_command(number, size)
-        return False
-
-    def _ends(self) -> Steps[bool]:
-        """Say whether 00 behind a footer is the end: nothing follows, or the description does.
-
-        A lone 00 behind a footer is nothing to go by: it does occur that a number ends in 7e and
-        zeros follow, and the section that has the clocks has the id 0.
-        """
-        window = self._window
-        if window.limit is not None:
-            return window.position + _FOOTER + 1 == window.limit
-        for place, wanted in ((1, SectionType.DESCRIPTION), (6, ord("{"))):
-            if not (yield from window.more(_FOOTER + place + 1)):
-                return True
-            if window.look(1, _FOOTER + place)[0] != wanted:
-                return False
-        return True
+            yield DeviceData(at, section.id, window.take(min(count, left, _PIECE)))
 
     # -- commands -----------------------------------------------------------------
 
@@ -464,7 +356,7 @@ class Reader:
         window = self._window
         number = yield from window.integer(2, "a command's number")
         size = yield from window.integer(2, "the size of a command's data")
-        if not _is_command(number, size):
+        if not is_command(number, size):
             raise StreamError(at, "a known command with its size", f"number {number}, size {size}")
         data = yield from window.bytes(size, f"the data of command {number}")
         if number == CommandNumber.POSTCOPY_ADVISE and data:
@@ -480,12 +372,3 @@ class Reader:
         yield from self._parts(window.limit)
         window.limit = None
         yield PackageEnd(window.position)
-
-
-def _is_command(number: int, size: int) -> bool:
-    sizes = COMMAND_LENGTHS.get(number)
-    return size in sizes if sizes else number in set(CommandNumber)
-
-
-def _footer(number: int) -> bytes:
-    return struct.pack(">BI", SectionType.FOOTER, number)

@@ -61,10 +61,10 @@ KINDS: Final[Mapping[str, str]] = {
 }
 
 #: Passes, sections and commands that are counted one by one.
-_MOST: Final = 2000
+_MOST: Final = 1000
 
 #: Bytes of devices' sections that are kept to be decoded: all together, and one.
-_KEPT: Final = 4 << 20
+_KEPT: Final = 3 << 20
 _KEPT_ONE: Final = 256 << 10
 
 _FOOTER: Final = 5
@@ -173,7 +173,7 @@ class Summary:
         self.flushes = 0
         self.postcopy: Counter[str] | None = None
         self.package: int | None = None
-        self.description: bytes | None = None
+        self.description: bytes | bytearray | None = None
         self.description_at = 0
         self.ended = False
         self.kinds: Counter[str] = Counter()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tests.bench import (
     handshakes,
+    inspecting,
     ktls,
     memory,
     movers,
@@ -47,6 +48,7 @@ _PARTS: dict[str, tuple[Measure, int]] = {
     ktls.PART: (ktls.measure, ktls.ROUNDS),
     handshakes.PART: (handshakes.measure, handshakes.ROUNDS),
     memory.PART: (memory.measure, memory.ROUNDS),
+    inspecting.PART: (inspecting.measure, inspecting.ROUNDS),
 }
 
 
