@@ -82,6 +82,7 @@ class Outgoing:
         self._cancelled = False
         self._postcopy = threading.Event()
         self._refusal = ""
+        self._speaks = True  # there is a return path
         self._answered = threading.Event()
         self._tracker: Tracker | None = None
         self._pages: Sender | None = None
@@ -267,7 +268,7 @@ class Outgoing:
             ).start()
         else:
             self._answered.set()
-            self._shut_expected = False
+            self._speaks = False
         if settings.on("postcopy-ram"):
             parts.append(advise(Advice(PAGE, PAGE)))
         parts += [
@@ -278,8 +279,6 @@ class Outgoing:
         ]
         self._tracker = track(ram)
         self.progress.transferred += main.send(parts)
-
-    _shut_expected = True
 
     # -- passes
 
@@ -421,7 +420,7 @@ class Outgoing:
 
     def _last_word(self, main: Channel) -> None:
         """Wait until the destination has said that it has everything."""
-        if not self._shut_expected:
+        if not self._speaks:
             return
         if not self._answered.wait(_LAST_WORD):
             raise Lost(f"it did not say within {_LAST_WORD:g} s that it has everything")

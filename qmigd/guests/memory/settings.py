@@ -30,8 +30,8 @@ CAPABILITIES: Mapping[str, tuple[str, ...]] = {
 class Parameter:
     """A migration parameter.
 
-    :ivar least: for a number, its bounds; ``values`` for an enum.
-    :ivar local: takes effect while a migration runs.
+    :ivar least: the lowest number that it can be; ``most`` is the highest.
+    :ivar values: of an enum; empty for a number.
     """
 
     default: Any
