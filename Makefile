@@ -6,20 +6,23 @@
 
 PYTHON ?= python3
 TESTS ?= tests
+SECONDS ?= 600
 
 VENV := .venv
 BIN := $(VENV)/bin
 HOST := tests/rig/host.sh
 
-.PHONY: help setup qemus kernel demo test test-kernel lint bench docs clean
+.PHONY: help setup qemus kernel demo test test-kernel lint bench docs fuzz clean
 
 help:
-	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how"
+	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how;"
+	@echo "            GUEST=memory moves qmigd's own guest, which takes no QEMU"
 	@echo "make test   run all tests; TESTS=tests.test_rig for some of them"
 	@echo "make test-kernel  only those that boot a kernel with everything; KERNEL=bookworm-backports,"
 	@echo "            or any other suite of Debian's, chooses which (now: $(or $(KERNEL),bookworm))"
 	@echo "make lint   check style (ruff) and types (mypy)"
 	@echo "make bench  measure, and write one table"
+	@echo "make fuzz   look for bytes that what reads QEMU's stream cannot take; SECONDS=600"
 	@echo "make docs   build the documentation into build/docs"
 	@echo "make clean  remove everything that the others have made"
 	@echo
@@ -27,8 +30,8 @@ help:
 	@echo "PYTHON=/path/to/python3.11 chooses the Python to start with (now: $(PYTHON))."
 
 demo: setup
-	@$(HOST) qemu-system-x86_64
-	@$(BIN)/python -m tests.demo
+	@if [ "$(GUEST)" != memory ]; then $(HOST) qemu-system-x86_64; fi
+	@$(BIN)/python -m tests.demo $(if $(GUEST),--guest $(GUEST))
 
 test: kernel
 	@$(BIN)/trial --temp-directory=build/trial $(TESTS)
@@ -49,6 +52,10 @@ bench: setup kernel
 docs: setup
 	@$(BIN)/sphinx-build -q -E -W --keep-going -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
+
+# What it finds is in build/fuzz.  `python -m tests.fuzz --merge` makes the corpus anew out of that.
+fuzz: $(VENV)/.fuzz
+	@$(BIN)/python -m tests.fuzz $(SECONDS)
 
 clean:
 	@rm -rf $(VENV) .cache build dist *.egg-info
@@ -87,4 +94,9 @@ $(VENV)/.requirements: requirements.txt $(VENV)/.python
 $(VENV)/.qmigd: setup.py pyproject.toml $(VENV)/.requirements
 	@echo "Installing qmigd from this tree ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.fuzz: tests/fuzz/requirements.txt $(VENV)/.qmigd
+	@echo "Installing the fuzzer ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

@@ -54,6 +54,7 @@ setup(
         "automat >= 24.8",
         "backports.zstd >= 1.0; python_version < '3.14'",
         "cryptography >= 47",
+        "numpy >= 1.24",
         "pyopenssl >= 24.1",
         "rich >= 13",
         "service-identity >= 24.1",

@@ -17,6 +17,7 @@ __all__ = [
     "CommandNotFound",
     "ConfigError",
     "DeadlineError",
+    "DeviceNotFound",
     "FeatureError",
     "FileError",
     "GuestBusy",
@@ -31,6 +32,7 @@ __all__ = [
     "ProtocolError",
     "QmigdError",
     "RemoteError",
+    "StreamError",
     "TlsError",
 ]
 
@@ -115,6 +117,12 @@ class FileError(LocalError):
     code = "file"
 
 
+class DeviceNotFound(LocalError):
+    """A memory guest was asked about a device that it does not have."""
+
+    code = "device-not-found"
+
+
 class GuestError(LocalError):
     """A guest's QEMU refused something or failed; the text has its words."""
 
@@ -155,3 +163,20 @@ class MigrationError(LocalError):
     """The migration failed; the text has the reason."""
 
     code = "migration"
+
+
+class StreamError(LocalError):
+    """A migration stream, or a file with one, is cut, damaged, or none at all.
+
+    :ivar offset: where, in bytes from the beginning.
+    :ivar expected: what should be there.
+    :ivar found: what is.
+    """
+
+    code = "stream"
+
+    def __init__(self, offset: int, expected: str, found: str) -> None:
+        super().__init__(f"At offset {offset:#x}: expected {expected}, found {found}.")
+        self.offset = offset
+        self.expected = expected
+        self.found = found

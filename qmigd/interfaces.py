@@ -270,7 +270,7 @@ class GuestFacts:
     """
 
     name: str
-    #: Which kind of guest: ``"qemu"``.
+    #: Which kind of guest: ``"qemu"``, or ``"memory"`` (docs/memory-guest).
     backend: str
     #: The QEMU's version, ``(10, 0, 2)``.
     version: tuple[int, int, int]

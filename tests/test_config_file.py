@@ -21,6 +21,7 @@ from qmigd.daemon.config import (
 )
 from qmigd.daemon.toml_lines import find_lines
 from qmigd.errors import ArgumentError, ConfigError
+from qmigd.guests.memory.options import MemoryOptions
 from qmigd.negotiation.allow import Allow
 from qmigd.negotiation.policy import Policy
 from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress
@@ -86,6 +87,8 @@ class GoodFileTests(SynchronousTestCase):
             qmp = "unix:/run/one"
             [guest."two three"]
             launch = ["sh", "-c", "true"]
+            [guest.three]
+            memory = { size = "64M", incoming = true }
             """
         )
         daemon = config.daemon
@@ -119,6 +122,7 @@ class GoodFileTests(SynchronousTestCase):
             {
                 "one": GuestConfig("one", qmp="/run/one"),
                 "two three": GuestConfig("two three", launch=("sh", "-c", "true")),
+                "three": GuestConfig("three", memory=MemoryOptions(64 << 20, incoming=True)),
             },
             config.guests,
         )
@@ -155,7 +159,7 @@ class GoodFileTests(SynchronousTestCase):
                 "handshake-deadline", "peer-deadline", "guest-deadline",
                 "certificate", "key", "ca", "allow",
                 "tls", "prefer", "require", "exclude", "source-after", "legacy", "qmp", "launch",
-                "legacy-listen",
+                "memory", "legacy-listen",
             },
             keys,
         )  # fmt: skip
@@ -349,7 +353,8 @@ class BadFileTests(SynchronousTestCase):
             self.refused("[demon]"),
         )
         self.assertEqual(
-            "q.toml, line 3: [guest.g] has no key 'pid'; there are qmp, launch, legacy-listen.",
+            "q.toml, line 3: [guest.g] has no key 'pid'; there are qmp, launch, memory, "
+            "legacy-listen.",
             self.refused('[guest.g]\nqmp = "unix:/a"\npid = 4'),
         )
 
@@ -470,7 +475,8 @@ class BadFileTests(SynchronousTestCase):
             "  line 2: [daemon] insecure must be true or false, not a whole number.\n"
             "  line 3: [daemon] has no key 'listn'; did you mean 'listen'?\n"
             "  line 4: [guest.g] needs exactly one of qmp, the socket of a QEMU that runs, "
-            "and launch, the command that starts one to receive a guest.",
+            "launch, the command that starts one to receive a guest, and memory, a guest without a "
+            "QEMU.",
             self.refused("[daemon]\ninsecure = 1\nlistn = []\n[guest.g]\n"),
         )
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import SkipTest
 from xml.etree import ElementTree
@@ -19,9 +20,15 @@ from tests.rig.pair import KNOWN
 _ROOT = Path(__file__).parents[1]
 
 
-def _demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+#: Runs a program without the rights of root, whoever the tests are run by.
+_UNPRIVILEGED = ("/usr/bin/unshare", "--user") if os.getuid() == 0 else ()
+
+
+def _demo(
+    *arguments: str, prefix: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.demo", *arguments],
+        [*prefix, sys.executable, "-m", "tests.demo", *arguments],
         cwd=_ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -78,12 +85,23 @@ class DemoTests(SynchronousTestCase):
         self.assertNotIn("http", path.read_text().replace("http://www.w3.org/2000/svg", ""))
 
     def test_no_qemu(self) -> None:
-        """Without a QEMU it says what to install, in a sentence and with exit code 1."""
-        done = _demo(PATH=self.scratch)
-        self.assertEqual((1, ""), (done.returncode, done.stdout))
-        self.assertRegex(
-            done.stderr,
-            r"\A\ndemo: There is no qemu-system-x86_64 here, .* install qemu-system-x86",
-        )
-        self.assertNotIn("Traceback", done.stderr)
+        """Without a QEMU it says what to install, in a sentence, and moves qmigd's own guest.
+
+        It does so without any right that an ordinary user lacks.
+        """
+        done = _demo(PATH=self.scratch, TMPDIR=self.scratch, prefix=_UNPRIVILEGED)
+        self.assertEqual((0, ""), (done.returncode, done.stderr), done.stdout)
+        text = re.sub(r"\s+", " ", done.stdout)
+        self.assertRegex(text, r"\AThere is no qemu-system-x86_64 here: .* install qemu-system-x86")
+        self.assertEqual(2, text.count("RAM right: all 65,536 pages (256 MiB) hold"))
+        self.assertIn("count on host-a from tick 0; on host-b from tick", text)
+        self.assertRegex(text, r"counted to \d+ in three processes, and not one number is missing")
+        self.assertIn("All 5 processes and their files are gone again", text)
         self.assertEqual([], os.listdir(self.scratch))
+
+    def test_qemu_wanted(self) -> None:
+        """If it is to be a QEMU, and there is none, that is an error, and no traceback."""
+        done = _demo("--guest", "qemu", PATH=self.scratch)
+        self.assertEqual((1, ""), (done.returncode, done.stdout))
+        self.assertRegex(done.stderr, r"\A\ndemo: There is no qemu-system-x86_64 here: ")
+        self.assertNotIn("Traceback", done.stderr)

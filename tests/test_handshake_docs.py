@@ -17,6 +17,7 @@ from qmigd.wire import inband, limits, messages
 from qmigd.wire.greeting import BINDING_SIZE, Greeting, Reply, binding
 from qmigd.wire.messages import MessageType, body_limit
 from qmigd.wire.role import RoleHeader
+from tests.rig.examples import hex_examples
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROLE = RoleHeader(uuid.UUID("4cc11957-f1c9-4eff-8d2d-0a5f6f2b1d3e"), "main", 0)
@@ -49,17 +50,7 @@ class ProtocolPage(SynchronousTestCase):
 
     def test_examples(self) -> None:
         """The bytes of each example are those that the code writes, and so are the words."""
-        found = []
-        for block in re.findall(r"^```text\n(.*?)^```", self.page, re.M | re.S):
-            data = b""
-            for line in block.splitlines():
-                bytes_of_line, _, words = line.partition("  ")
-                piece = bytes.fromhex(bytes_of_line)
-                data += piece
-                quoted = re.fullmatch(r'"(.*)"', words.strip())
-                if quoted:
-                    self.assertTrue(piece.endswith(quoted[1].encode()), line)
-            found.append(data.hex(" "))
+        found = [data.hex(" ") for data in hex_examples(self.page)]
         examples = [one if isinstance(one, bytes) else one.encode() for one in EXAMPLES]
         self.assertEqual(found, [example.hex(" ") for example in examples])
 

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,29 @@ class JourneyTests(FileCase):
         self.assertEqual(pair.source.status(), "postmigrate")
         self.assertEqual(self.left(), [os.path.basename(self.path)])
         pair.prove_settings()
+        self.check_inspected(pair, format, features)
         restored = self.done(pair, "restore")
         self.assertEqual(restored["file"]["format"], format)
         pair.prove_moved()
+
+    def check_inspected(self, pair: Pair, format: str, features: list[str]) -> None:
+        """Let qmigctl say what is in the file."""
+        command = "from qmigd.cli.main import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", command, "inspect", "--json", self.path],
+            capture_output=True,
+            check=True,
+        )
+        answer = json.loads(done.stdout)
+        self.assertTrue(answer["complete"])
+        self.assertEqual(format, answer["saved"]["format"])
+        self.assertEqual(NAME, answer["saved"]["guest"]["name"])
+        self.assertLessEqual({*features}, {*answer["capabilities"]})
+        (ram, *_) = answer["ram"]["blocks"]
+        self.assertEqual(("pc.ram", pair.source.memory), (ram["name"], ram["length"]))
+        self.assertGreater(ram["pages"]["normal"], pair.source.program.pages)
+        fields = {device["name"]: device["fields"] for device in answer["devices"]}
+        self.assertEqual(16, len(fields["cpu"]["env.regs"]))
 
     def test_mapped_10_11(self) -> None:
         """Mapped RAM out of QEMU 10.0 into QEMU 11."""

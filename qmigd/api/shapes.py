@@ -118,9 +118,9 @@ GUEST = Struct(
     "A guest that this daemon knows.",
     (
         Member("name", STR, "What the commands call it."),
-        Member("backend", STR, "What kind of guest it is: `qemu`."),
+        Member("backend", STR, "What kind of guest it is: `qemu` or `memory`."),
         Member("qmp", STR, "The URI of its QMP socket; absent with `launch`.", optional=True),
-        Member("launch", BOOL, "The daemon starts this QEMU itself, to receive a guest."),
+        Member("launch", BOOL, "The daemon starts this guest's process itself."),
         Member("configured", BOOL, "It stands in the configuration file."),
         Member(
             "state",
@@ -128,7 +128,12 @@ GUEST = Struct(
             "QEMU's run state (`running`, `paused`, `inmigrate`, `postmigrate` ...), or "
             "`unreachable`, `busy` (another client has its QMP socket), or `not-started`.",
         ),
-        Member("reason", STR, "Why the state could not be read.", optional=True),
+        Member(
+            "reason",
+            STR,
+            "Why the state could not be read, or why it is not started.",
+            optional=True,
+        ),
         Member("migration", STR, "The id of the migration that it is in.", optional=True),
     ),
 )

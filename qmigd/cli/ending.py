@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TextIO
 
 from . import render
 from .options import Exit
 
-__all__ = ["INTERRUPTED", "Ending", "bug", "fail", "write"]
+__all__ = ["INTERRUPTED", "Ending", "bug", "fail", "unread", "write"]
 
 
 def write(out: TextIO, text: str) -> None:
@@ -54,3 +55,10 @@ def fail(error: Ending, as_json: bool) -> Exit:
     else:
         write(sys.stderr, f"qmigctl: {render.clean(error.text)}")
     return error.code
+
+
+def unread() -> Exit:
+    """End where whoever read the output has gone."""
+    # Python must not find that out once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return Exit.UNKNOWN

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..api import nearest
 from ..errors import QmigdError
-from .ending import INTERRUPTED, Ending, bug, fail
+from .ending import INTERRUPTED, Ending, bug, fail, unread
 from .options import LOCAL, Exit, UsageError, make_parser
 
 __all__ = ["main"]
@@ -72,6 +72,10 @@ def _local(options: argparse.Namespace) -> Exit:
             from . import far_end
 
             return far_end.run(options)
+        if options.command == "inspect":
+            from . import inspecting
+
+            return inspecting.run(options)
         from . import pki
 
         return pki.run(options)
@@ -79,6 +83,8 @@ def _local(options: argparse.Namespace) -> Exit:
         return fail(ending, options.json)
     except QmigdError as error:
         return fail(Ending(Exit.REFUSED, error.code, error.text), options.json)
+    except BrokenPipeError:
+        return unread()
     except Exception as error:
         return fail(bug(error), options.json)
 

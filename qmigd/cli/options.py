@@ -33,7 +33,8 @@ class Exit(IntEnum):
 #: What each exit code means, for the help and for the documentation.
 EXIT_CODES: Mapping[Exit, str] = {
     Exit.OK: "done",
-    Exit.FAILED: "it failed; the guest is where it was: on the source, or in its file",
+    Exit.FAILED: "it failed; the guest is where it was: on the source, or in its file. Of "
+    "'inspect': what is in the file is cut or damaged",
     Exit.REFUSED: "wrong usage, or the daemon refused the command; nothing has changed",
     Exit.UNREACHABLE: "the daemon cannot be reached, or does not answer",
     Exit.CANCELLED: "the migration was cancelled; the guest is on the source",
@@ -301,6 +302,23 @@ def _connect(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--fields", action="store_true", help="print the fields of the devices as well"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.svg", help="draw where the bytes went, into this file"
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="+",
+        help="a file with a stream, or '-' for standard input; the multifd channels that belong "
+        "to it, if there are any, are further files",
+    )
+
+
 #: The subcommands that need no management socket: what they do, and what adds their arguments.
 LOCAL: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "pki": (
@@ -315,6 +333,14 @@ LOCAL: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
         "'exec:ssh hostb qmigctl connect /run/qmigd/qmigd-peer.sock' as the URI, a guest is moved "
         "through nothing but ssh. It ends with the connection.",
         _connect,
+    ),
+    "inspect": (
+        "Say what is in a migration stream or in the file of a saved guest.\n\nThe machine type, "
+        "the blocks and pages of RAM, the passes over it, the sections with their sizes, what "
+        "the devices' state is, and what 'qmigctl save' wrote in front of it. The file is a "
+        "stream that QEMU wrote, with or without mapped-ram, or was made by 'qmigctl save' in any "
+        "format. A cut or damaged one is told up to where that is.",
+        _inspect,
     ),
 }
 

@@ -23,6 +23,7 @@ __all__ = [
     "remaining_seconds",
     "size",
     "summary",
+    "table",
     "tunables",
 ]
 
@@ -101,7 +102,7 @@ def details(entry: _Json) -> list[str]:
     return said
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int | None) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
     """Return aligned columns; the last is wrapped to ``width``, if there is one."""
     cells = [list(head), *([clean(cell) for cell in row] for row in rows)]
     widths = [max(len(row[n]) for row in cells) for n in range(len(head) - 1)]
@@ -135,7 +136,7 @@ def guests(answer: Sequence[_Json], width: int | None = None) -> str:
         if "migration" in guest:
             note = f"in migration {guest['migration']}"
         rows.append((guest["name"], guest["state"], where, note))
-    return _table(("GUEST", "STATE", "QMP", ""), rows, width)
+    return table(("GUEST", "STATE", "QMP", ""), rows, width)
 
 
 def features(answer: _Json, width: int | None = None) -> str:
@@ -148,17 +149,15 @@ def features(answer: _Json, width: int | None = None) -> str:
         else:
             state = "offered" if feature["offered"] else "no"
         rows.append((feature["name"], state, feature.get("reason") or feature["summary"]))
-    table = _table(("FEATURE", "", ""), rows, width)
+    text = table(("FEATURE", "", ""), rows, width)
     for blocker in answer.get("blocked-reasons", ()):
-        table += "\n" + "\n".join(
-            _hanging("the guest cannot be moved  ", clean(blocker), 27, width)
-        )
+        text += "\n" + "\n".join(_hanging("the guest cannot be moved  ", clean(blocker), 27, width))
     if "path" in answer:
         path = f"{answer['path']}: {answer.get('path-reason', '')}".rstrip(": ")
-        table += "\n" + "\n".join(_hanging("path  ", clean(path), 6, width))
+        text += "\n" + "\n".join(_hanging("path  ", clean(path), 6, width))
     for warning in answer.get("warnings", ()):
-        table += "\n" + "\n".join(_hanging("warning  ", clean(warning), 9, width))
-    return table
+        text += "\n" + "\n".join(_hanging("warning  ", clean(warning), 9, width))
+    return text
 
 
 def tunables(answer: Sequence[_Json], width: int | None = None) -> str:
@@ -171,7 +170,7 @@ def tunables(answer: Sequence[_Json], width: int | None = None) -> str:
         if tunable.get("values"):
             notes.insert(0, "one of " + ", ".join(tunable["values"]))
         rows.append((tunable["name"], tunable["type"], shown, "; ".join(notes)))
-    return _table(("TUNABLE", "TYPE", "VALUE", ""), rows, width)
+    return table(("TUNABLE", "TYPE", "VALUE", ""), rows, width)
 
 
 def migrations(answer: Sequence[_Json], width: int | None = None) -> str:
@@ -188,7 +187,7 @@ def migrations(answer: Sequence[_Json], width: int | None = None) -> str:
             note = "; ".join([entry["step"], *details(entry)])
         arrow = "to" if entry["role"] == "source" else "from"
         rows.append((entry["guest"], f"{arrow} {entry['peer']}", entry["status"], note))
-    return _table(("GUEST", "PEER", "STATUS", ""), rows, width)
+    return table(("GUEST", "PEER", "STATUS", ""), rows, width)
 
 
 def _times(entry: _Json) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from typing import Any, NoReturn
 
 from twisted.internet import task
@@ -18,7 +17,7 @@ from ..api import SOCKET_VARIABLE, default_socket
 from ..errors import DeadlineError, GuestError, GuestGone, QmigdError
 from ..qmp.client import QMPRefusal, connect
 from .commands import RUN, Session
-from .ending import INTERRUPTED, Ending, bug, fail
+from .ending import INTERRUPTED, Ending, bug, fail, unread
 from .options import Exit
 
 __all__ = ["run"]
@@ -113,9 +112,7 @@ async def _session(reactor: Any, options: argparse.Namespace) -> NoReturn:
     except CancelledError:
         code = fail(INTERRUPTED, options.json)
     except BrokenPipeError:
-        # Whoever read the output has gone; Python must not find that out once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = Exit.UNKNOWN
+        code = unread()
     except Exception as error:
         code = fail(bug(error), options.json)
     raise SystemExit(int(code))

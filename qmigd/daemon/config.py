@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ..api import default_socket, nearest
 from ..errors import ArgumentError, ConfigError
+from ..guests.memory.options import MemoryOptions
 from ..interfaces import PATHS
 from ..negotiation.allow import Allow
 from ..negotiation.policy import Policy
@@ -75,8 +76,11 @@ class DaemonConfig:
 class GuestConfig:
     """``[guest.NAME]``: a QEMU that runs, or one that the daemon starts to receive a guest.
 
+    Or a memory guest, which the daemon starts to run, or to receive it.
+
     :ivar qmp: path of its QMP socket, or ``None``.
     :ivar launch: the command that starts it, or empty.
+    :ivar memory: the memory guest, or ``None``.
     :ivar legacy_listen: where it comes in from a QEMU that no qmigd drives, or ``None``.
     """
 
@@ -84,6 +88,12 @@ class GuestConfig:
     qmp: str | None = None
     launch: tuple[str, ...] = ()
     legacy_listen: Door | None = None
+    memory: MemoryOptions | None = None
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What the daemon starts it with; empty if that is not the daemon's affair."""
+        return tuple(self.memory.argv(self.name)) if self.memory is not None else self.launch
 
 
 @dataclass(frozen=True)
@@ -235,6 +245,7 @@ _TLS: Mapping[str, _Read] = {
 _GUEST: Mapping[str, _Read] = {
     "qmp": values.unix_path,
     "launch": values.launch,
+    "memory": values.memory,
     "legacy-listen": values.door,
 }
 _TABLES = ("daemon", "tls", "policy", "guest")
@@ -384,14 +395,20 @@ class _Reader:
             except values.BadValue as error:
                 self._problem(key, f"[guest] {error}")
             found = self._section(key, _GUEST)
-            if isinstance(section, dict) and ("qmp" in section) == ("launch" in section):
+            kinds = {"qmp", "launch", "memory"}
+            if isinstance(section, dict) and len(kinds & section.keys()) != 1:
                 self._problem(
                     key,
                     f"{_title(key)} needs exactly one of qmp, the socket of a QEMU that runs, "
-                    f"and launch, the command that starts one to receive a guest",
+                    f"launch, the command that starts one to receive a guest, and memory, a guest "
+                    f"without a QEMU",
                 )
             guest = GuestConfig(
-                name, found.get("qmp"), found.get("launch", ()), found.get("legacy-listen")
+                name,
+                found.get("qmp"),
+                found.get("launch", ()),
+                found.get("legacy-listen"),
+                found.get("memory"),
             )
             if guest.qmp is not None and owners.setdefault(guest.qmp, name) != name:
                 self._problem(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArgumentError
+from ..guests.memory.options import MemoryOptions, from_table
 from ..interfaces import COPY, MOVERS
 from ..negotiation.allow import Allow
 from ..negotiation.policy import LEGACY, Legacy
@@ -45,6 +46,7 @@ __all__ = [
     "launch",
     "legacy",
     "listen",
+    "memory",
     "names",
     "path",
     "ports",
@@ -189,6 +191,16 @@ def launch(value: Any) -> tuple[str, ...]:
     if "-incoming" in command:
         raise BadValue("must not have -incoming in it: qmigd adds '-incoming defer' itself")
     return command
+
+
+def memory(value: Any) -> MemoryOptions:
+    """A memory guest."""
+    if not isinstance(value, dict):
+        raise BadValue(f'must be a table, {{ size = "256M", ... }}, not {kind(value)}')
+    try:
+        return from_table(value)
+    except ArgumentError as error:
+        raise BadValue(f"cannot be used: {error.text}") from None
 
 
 def unix_path(value: Any) -> str:

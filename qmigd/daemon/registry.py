@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from ..api import nearest
 from ..errors import DeadlineError, GuestBusy, GuestError, GuestGone, GuestNotFound
 from ..guests.launch import Launcher
+from ..guests.memory.options import moved_away
 from ..guests.qemu import Known, QemuGuest
 from ..interfaces import Guest
 from ..migration.move import OVER
@@ -47,6 +48,10 @@ class _Entry:
     waiting: list[Deferred[None]] = field(default_factory=list)
 
     @property
+    def backend(self) -> str:
+        return QemuGuest.backend if self.config.memory is None else "memory"
+
+    @property
     def qmp(self) -> str:
         return self.launcher.qmp if self.launcher is not None else f"unix:{self.config.qmp}"
 
@@ -70,11 +75,28 @@ class GuestRegistry:
         }
 
     def _launcher(self, config: GuestConfig, state_dir: Path) -> Launcher | None:
-        if not config.launch:
+        if not config.command:
             return None
         return Launcher(
-            self._reactor, config.name, config.launch, state_dir, deadline=3 * self._deadline
+            self._reactor, config.name, config.command, state_dir, deadline=3 * self._deadline
         )
+
+    async def start_guests(self) -> None:
+        """Start the memory guests that are to run here, and do not.
+
+        One that was moved away is left where it is.
+        """
+        for name, entry in self._entries.items():
+            memory, launcher = entry.config.memory, entry.launcher
+            if memory is None or memory.incoming or launcher is None:
+                continue
+            if moved_away(launcher.qmp):
+                log.info("guest {name} was moved away from here, and is not started", name=name)
+            elif not await launcher.running():
+                try:
+                    await launcher.start(incoming=False)
+                except GuestError as error:
+                    log.error("guest {name} does not start: {error}", name=name, error=error.text)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -127,7 +149,7 @@ class GuestRegistry:
     async def _shown(self, entry: _Entry, *, closely: bool = False) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "name": entry.config.name,
-            "backend": QemuGuest.backend,
+            "backend": entry.backend,
             "qmp": entry.qmp,
             "launch": entry.launcher is not None,
             "configured": entry.configured,
@@ -145,7 +167,8 @@ class GuestRegistry:
         :param closely: the whole of the guest is looked at.
         """
         if entry.launcher is not None and not await entry.launcher.running():
-            return "not-started", ""
+            away = entry.config.memory is not None and moved_away(entry.launcher.qmp)
+            return "not-started", "it was moved away from here" if away else ""
         try:
             async with self._held(entry) as guest:
                 if closely:
@@ -300,11 +323,10 @@ class GuestRegistry:
 
     def _guest(self, entry: _Entry) -> QemuGuest:
         return QemuGuest(
-            self._reactor,
-            entry.config.name,
-            entry.qmp,
+            *(self._reactor, entry.config.name, entry.qmp),
             deadline=self._deadline,
             known=entry.known,
+            backend=entry.backend,
         )
 
     def _check_free(self, entry: _Entry) -> None:

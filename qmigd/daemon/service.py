@@ -12,7 +12,7 @@ import gc
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,8 +118,14 @@ class QmigdService(Service):
         config: Config,
         features: dict[str, IFeature],
         credentials: CredentialStore | None,
+        *,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
+        """:param on_failure: told why it does not start, where the process is somebody else's
+        and must not end for that; signals are left alone then as well.
+        """
         self._reactor = reactor
+        self._on_failure = on_failure
         self._config = config
         daemon = config.daemon
         state = daemon.state_dir
@@ -175,12 +181,13 @@ class QmigdService(Service):
         self._reactor.callWhenRunning(lambda: Deferred.fromCoroutine(self._start()))
 
     async def _start(self) -> None:
-        # What has been loaded stays; looking at it again and again would cost each
-        # migration half a millisecond, while it waits.
-        gc.freeze()
-        gc.set_threshold(_GARBAGE)
-        # Only now, when the reactor has taken the signals that it wants.
-        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reload))
+        if self._on_failure is None:  # the process is qmigd's own
+            # What has been loaded stays; looking at it again and again would cost each
+            # migration half a millisecond, while it waits.
+            gc.freeze()
+            gc.set_threshold(_GARBAGE)
+            # Only now, when the reactor has taken the signals that it wants.
+            signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._reload))
         if (credentials := self._services.security.store) is not None:
             self._report(credentials.current)
         try:
@@ -191,6 +198,7 @@ class QmigdService(Service):
                 interrupted = Recovery(self._services, migration, role, entry)
                 Deferred.fromCoroutine(interrupted.begin())
             self._movers.start()
+            Deferred.fromCoroutine(self._guests.start_guests())
             for uri in self._config.daemon.listen:
                 factory = IncomingFactory(
                     self._services,
@@ -254,6 +262,9 @@ class QmigdService(Service):
 
     def _give_up(self, reason: str) -> None:
         log.error("qmigd does not start: {reason}", reason=reason)
+        if self._on_failure is not None:
+            self._on_failure(reason)
+            return
         # twistd would end with exit code 0 here, and a service manager take it for a success.
         atexit.register(os._exit, 1)
         self._reactor.stop()

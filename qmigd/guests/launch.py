@@ -90,11 +90,12 @@ class Launcher:
                 return False
         return True
 
-    async def start(self) -> None:
+    async def start(self, *, incoming: bool = True) -> None:
         """Start it; returns when its QMP socket accepts connections.
 
         One that is just ending is waited for.
 
+        :param incoming: it is to wait for a stream.
         :raises GuestBusy: one is running already.
         :raises GuestError: it cannot be started, or ended at once; the text has
             the last of what it printed.
@@ -105,16 +106,17 @@ class Launcher:
             except TimeoutError:
                 raise GuestBusy(f"the QEMU of guest {self._name} is still running") from None
             self._process = None
-        self._process = process = self._spawn()
+        self._process = process = self._spawn(incoming)
         try:
             await self._opened(process)
         except BaseException:
             process.kill()
             raise
 
-    def _spawn(self) -> _Process:
+    def _spawn(self, incoming: bool) -> _Process:
         path = os.fspath(self._socket).replace(",", ",,")  # QEMU's way to write a comma
-        argv = [*self._argv, "-incoming", "defer", "-qmp", f"unix:{path},server=on,wait=off"]
+        waiting = ("-incoming", "defer") if incoming else ()
+        argv = [*self._argv, *waiting, "-qmp", f"unix:{path},server=on,wait=off"]
         try:
             self._socket.unlink(missing_ok=True)
             with open(self.log, "wb", opener=_private) as log:

@@ -78,14 +78,17 @@ class QemuGuest:
         *,
         deadline: float = COMMAND_DEADLINE,
         known: Known | None = None,
+        backend: str = backend,
     ) -> None:
         """:param name: the guest's name in qmigd.
         :param qmp: where its QMP is, ``unix:PATH`` or ``tcp:HOST:PORT``.
         :param deadline: seconds that each command has.
         :param known: what was found out about it before.
+        :param backend: what kind of guest it is, where it only behaves like a QEMU.
         """
         self._known = known or Known()
         self.name = name
+        self.backend = backend
         self.qmp = qmp
         self._reactor = reactor
         self._deadline = deadline

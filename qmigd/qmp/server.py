@@ -31,7 +31,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from qmigd.errors import CommandNotFound, ProtocolError, QmigdError
+from qmigd.errors import CommandNotFound, DeviceNotFound, ProtocolError, QmigdError
 from qmigd.qmp.codec import SERVER_LIMIT, Decoder, Message, encode
 from qmigd.qmp.descriptors import Descriptors
 
@@ -212,8 +212,8 @@ class _Client(Protocol):
             answer = encode({"return": {} if result is None else result, **id_})
         except _Refusal as refusal:
             self._write_error(refusal.kind, refusal.desc, "command", id_)
-        except CommandNotFound as error:
-            self._write_error("CommandNotFound", error.text, error.code, id_)
+        except (CommandNotFound, DeviceNotFound) as error:
+            self._write_error(type(error).__name__, error.text, error.code, id_)
         except QmigdError as error:
             self._write_error("GenericError", error.text, error.code, id_)
         except Exception:

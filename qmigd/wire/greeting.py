@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qmigd.errors import LocalError, ProtocolError
+from qmigd.stream.format import MAGIC as STREAM_MAGIC
 from qmigd.wire.limits import MAX_FEATURES, MAX_OPENING, MAX_VERSIONS
 from qmigd.wire.reading import Reading, encode_string, exactly, names
 
@@ -37,9 +38,6 @@ __all__ = [
 
 #: How a Greeting and a Reply begin.
 MAGIC = b"QEMU-MIGRATE"
-
-#: How QEMU's stream begins (``QEMU_VM_FILE_MAGIC`` in QEMU's migration/savevm.h).
-STREAM_MAGIC = b"QEVM"
 
 #: The version that this package speaks.
 VERSION = 1

@@ -15,7 +15,8 @@ import struct
 from typing import Final
 
 from qmigd.errors import ProtocolError
-from qmigd.wire.greeting import STREAM_MAGIC
+from qmigd.stream.format import MAGIC as STREAM_MAGIC
+from qmigd.stream.format import VERSION, CommandNumber, SectionType
 
 __all__ = [
     "MAX_PART",
@@ -26,24 +27,20 @@ __all__ = [
     "frame",
 ]
 
-#: QEMU_VM_FILE_VERSION, QEMU_VM_COMMAND and MIG_CMD_OPEN_RETURN_PATH in QEMU's
-#: migration/savevm.c and savevm.h.
-_VERSION: Final = 3
-_COMMAND: Final = 0x08
-_OPEN_RETURN_PATH: Final = 1
-
 #: The command in the stream, and the message on the return path.  QEMU counts its own from 1,
 #: and has come to 11 and 7 by 11.1; these are far from that.  "FE", for features.
-MIG_CMD_FEATURES: Final = 0x4645
+MIG_CMD_FEATURES: Final = int(CommandNumber.FEATURES)
 MIG_RP_MSG_FEATURES: Final = 0x4645
 
 #: Bytes in a part: its length has 16 bits.
 MAX_PART: Final = 0xFFFF
 
 #: How such a connection begins: as a stream of QEMU's does that has a return path.
-OPENING: Final = STREAM_MAGIC + struct.pack(">IBHH", _VERSION, _COMMAND, _OPEN_RETURN_PATH, 0)
+OPENING: Final = STREAM_MAGIC + struct.pack(
+    ">IBHH", VERSION, SectionType.COMMAND, CommandNumber.OPEN_RETURN_PATH, 0
+)
 
-_HEAD_COMMAND: Final = struct.pack(">BH", _COMMAND, MIG_CMD_FEATURES)
+_HEAD_COMMAND: Final = struct.pack(">BH", SectionType.COMMAND, MIG_CMD_FEATURES)
 _HEAD_ANSWER: Final = struct.pack(">H", MIG_RP_MSG_FEATURES)
 
 

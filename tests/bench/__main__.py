@@ -18,7 +18,9 @@ from pathlib import Path
 
 from tests.bench import (
     handshakes,
+    inspecting,
     ktls,
+    memory,
     movers,
     moves,
     negotiation,
@@ -45,6 +47,8 @@ _PARTS: dict[str, tuple[Measure, int]] = {
     tls_streams.PART: (tls_streams.measure, tls_streams.ROUNDS),
     ktls.PART: (ktls.measure, ktls.ROUNDS),
     handshakes.PART: (handshakes.measure, handshakes.ROUNDS),
+    memory.PART: (memory.measure, memory.ROUNDS),
+    inspecting.PART: (inspecting.measure, inspecting.ROUNDS),
 }
 
 

@@ -12,7 +12,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
-__all__ = ["Deaf", "Proxy", "Recorder", "Tamperer"]
+__all__ = ["Deaf", "OrderlyRecorder", "Proxy", "Recorder", "Tamperer"]
 
 
 class Proxy:
@@ -79,11 +79,13 @@ class Proxy:
     def _serve(self, source: socket.socket) -> None:
         """Carry one connection; its sockets are closed when both directions have ended."""
         with contextlib.suppress(OSError), source:
-            destination = self._connect()
-            with destination:
-                back = threading.Thread(target=self._back, args=(destination, source), daemon=True)
-                self._forth(source, destination, back)
-                back.join()
+            self._join(source, self._connect())
+
+    def _join(self, source: socket.socket, destination: socket.socket) -> None:
+        with destination:
+            back = threading.Thread(target=self._back, args=(destination, source), daemon=True)
+            self._forth(source, destination, back)
+            back.join()
 
     def passed_on(self, data: bytes, source: socket.socket, *, by_source: bool) -> bytes:
         """Say what goes on where these bytes have come."""
@@ -147,6 +149,25 @@ class Recorder(Proxy):
     def connections(self) -> list[tuple[bytes, bytes]]:
         """What went to the destination and what came back, for each connection in order."""
         return [(bytes(one.there), bytes(one.back)) for one in self._recorded.values()]
+
+
+class OrderlyRecorder(Recorder):
+    """The same, for QEMUs: the destination gets the connections in the order that they are made in.
+
+    Up to 7.2 that is how it tells its main channel from the others.
+    """
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while not self._closed:
+                source, _ = self._listener.accept()
+                self._recorded[source] = _Bytes()
+                pair = (source, self._connect())
+                threading.Thread(target=self._both, args=pair, daemon=True).start()
+
+    def _both(self, source: socket.socket, destination: socket.socket) -> None:
+        with contextlib.suppress(OSError), source:
+            self._join(source, destination)
 
 
 class Deaf(Proxy):

@@ -1,0 +1,35 @@
+"""The ``memory`` guest: RAM, a workload and a migration engine, in a process of its own.
+
+It is a guest for hosts without a QEMU and for tests.  To qmigd it is a QEMU: it answers on
+a QMP socket, and moves by QEMU's stream.  So nothing above this package knows of it, but
+for the configuration, which starts it.
+
+===============  =====================================================================
+module           what it has
+===============  =====================================================================
+``options``      what it is made of, out of the configuration or a command line
+``kernel``       userfaultfd and PAGEMAP_SCAN, as this kernel has them
+``ram``          the RAM, in a memfd, mapped twice
+``dirty``        which pages were written since one last looked
+``contents``     what is written where, and how to prove that nothing of it was lost
+``workload``     the virtual CPU, which writes it
+``devices``      the state that moves at the end
+``settings``     capabilities and parameters, and the schema that lists them
+``machine``      all of it together: run state, migrations, events
+``progress``     how far a migration is
+``channels``     connections for a stream, and their bandwidth
+``outgoing``     the source's side: passes over the RAM, and their end
+``sending``      its pages over the main channel
+``spreading``    its multifd channels, and zero copy
+``switching``    its postcopy
+``throttle``     auto-converge
+``incoming``     the destination's side: the connections
+``receiving``    what comes over the main channel, and over that of preempt
+``gathering``    its multifd channels
+``faults``       its postcopy
+``monitor``      the QMP commands
+``__main__``     the process: ``python -m qmigd.guests.memory``
+===============  =====================================================================
+
+numpy is imported by these modules only when the guest runs, never by the daemon.
+"""

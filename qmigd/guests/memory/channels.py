@@ -1,0 +1,283 @@
+"""Connections that a stream goes over, for the threads that write and read it.
+
+They are plain blocking sockets: each has a thread of its own at either end.  Whoever ends a
+migration shuts them down, and that ends whatever waits in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qmigd.errors import ArgumentError
+from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress, parse_uri
+
+__all__ = ["Channel", "Lost", "Pace", "Rate", "check", "connect", "listen"]
+
+#: Buffers in one sendmsg() (IOV_MAX).
+_VECTOR = 1024
+#: Bytes of a socket's buffers, where the kernel does not grow them by itself.
+_BUFFER = 1 << 20
+#: Seconds that a connection may take.
+_CONNECT = 10.0
+#: Seconds over which bandwidth is evened out (QEMU: BUFFER_DELAY in migration/migration.c).
+_SLICE = 0.1
+_MPTCP = 262  # IPPROTO_MPTCP
+
+
+class Lost(Exception):
+    """The connection ended before the stream did; the text says how."""
+
+
+class Pace:
+    """Keeps all channels of a migration together below a bandwidth.
+
+    :ivar limit: returns bytes a second; 0 for no limit.
+    """
+
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self.limit = limit
+        self._changed = threading.Condition()
+        self._open = False
+        self._begun = 0.0
+        self._spent = 0
+
+    def changed(self) -> None:
+        """The limit is another one, or something else is to be looked at."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def release(self) -> None:
+        """Hold nobody any more."""
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+    def spend(self, count: int) -> None:
+        """Note down that bytes are sent."""
+        with self._changed:
+            self._spent += count
+
+    def wait(self, interrupted: Callable[[], bool]) -> None:
+        """Return when there is something left to be sent in this slice of time.
+
+        :param interrupted: looked at whenever something has changed; ends the wait.
+        """
+        with self._changed:
+            while not self._open and not interrupted():
+                limit, now = self.limit(), time.monotonic()
+                if now - self._begun >= _SLICE:
+                    # What was too much in the last slice is taken from this one.
+                    over = self._spent - limit * _SLICE if limit and self._begun else 0
+                    passed = min(1.0, now - self._begun) - _SLICE
+                    self._spent = max(0, int(over - limit * passed))
+                    self._begun = now
+                if not limit or self._spent < limit * _SLICE:
+                    return
+                self._changed.wait(max(0.001, self._begun + _SLICE - now))
+
+
+class Rate:
+    """Bytes a second, over what was sent without being held back."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def sent(self, count: int, seconds: float) -> None:
+        if seconds > 0.001 and count > 1 << 16:
+            rate = count / seconds
+            self.value = rate if not self.value else 0.5 * self.value + 0.5 * rate
+
+
+class Channel:
+    """One connection.
+
+    :ivar sent: bytes that were given to the kernel.
+    :ivar received: bytes that came out of it.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        elif sock.family == socket.AF_UNIX:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        self.sock = sock
+        self.sent = 0
+        self.received = 0
+        self.closed = False
+
+    def send(self, buffers: Sequence[Any]) -> int:
+        """Send them all, and return how many bytes they were.
+
+        :raises Lost: the connection broke.
+        """
+        before = self.sent
+        for at in range(0, len(buffers), _VECTOR):
+            self._send(buffers[at : at + _VECTOR])
+        return self.sent - before
+
+    def _send(self, buffers: Sequence[Any]) -> None:
+        wanted = sum(map(_size, buffers))
+        try:
+            count = self.sock.sendmsg(buffers)
+            self.sent += count
+            if count == wanted:
+                return
+            for buffer in buffers:
+                size = _size(buffer)
+                if count >= size:
+                    count -= size
+                    continue
+                rest = memoryview(buffer).cast("B")[count:]
+                self.sock.sendall(rest)
+                self.sent += len(rest)
+                count = 0
+        except OSError as error:
+            raise Lost(error.strerror or str(error)) from None
+
+    def receive_some(self, into: memoryview) -> int:
+        """Receive what there is, and return how many bytes; 0 at the end.
+
+        :raises Lost: the connection broke.
+        """
+        try:
+            count = self.sock.recv_into(into)
+        except OSError as error:
+            raise Lost(error.strerror or str(error)) from None
+        self.received += count
+        return count
+
+    def receive(self, into: memoryview) -> bool:
+        """Fill a buffer; returns false if the connection ended before its first byte.
+
+        :raises Lost: the connection broke, or ended within.
+        """
+        at = 0
+        while at < len(into):
+            count = self.receive_some(into[at:])
+            if not count:
+                if not at:
+                    return False
+                raise Lost("the other side closed the connection")
+            at += count
+        return True
+
+    def take(self, count: int) -> bytes:
+        """Return so many bytes; none at the end.
+
+        :raises Lost: the connection broke, or ended within.
+        """
+        data = bytearray(count)
+        return bytes(data) if self.receive(memoryview(data)) else b""
+
+    def shut(self) -> None:
+        """End whatever waits in it, at either end."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.closed = True
+        self.shut()
+        self.sock.close()
+
+
+def _size(buffer: Any) -> int:
+    return buffer.nbytes if hasattr(buffer, "nbytes") else len(buffer)
+
+
+def check(uri: str) -> None:
+    """See that a stream can go to or come from there.
+
+    :raises ArgumentError: it cannot; the text says why.
+    """
+    address = parse_uri(uri)
+    if not isinstance(address, TcpAddress | UnixAddress | VsockAddress):
+        raise ArgumentError(
+            f"A memory guest cannot migrate over {address}; it can over tcp:, unix:, vsock: and fd:"
+        )
+
+
+def connect(uri: str) -> socket.socket:
+    """Connect to ``tcp:``, ``unix:`` or ``vsock:``.
+
+    :raises ArgumentError: the URI is nothing that one can connect to.
+    :raises OSError: nobody takes the connection.
+    """
+    address: Any
+    match parse_uri(uri):
+        case TcpAddress(host, port, mptcp):
+            return _connect_tcp(host, port, mptcp)
+        case UnixAddress(path=path):
+            sock, address = socket.socket(socket.AF_UNIX), path
+        case VsockAddress(cid, port):
+            sock, address = socket.socket(socket.AF_VSOCK), (cid, port)
+        case other:
+            raise ArgumentError(f"a memory guest cannot migrate to {other}")
+    try:
+        sock.settimeout(_CONNECT)
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect_tcp(host: str, port: int, mptcp: bool) -> socket.socket:
+    failure: OSError | None = None
+    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = _tcp(family, kind, mptcp)
+        try:
+            sock.settimeout(_CONNECT)
+            sock.connect(address)
+        except OSError as error:
+            failure = error
+            sock.close()
+        else:
+            return sock
+    raise failure or OSError(f"{host} has no address")
+
+
+def _tcp(family: int, kind: int, mptcp: bool) -> socket.socket:
+    if mptcp:
+        with contextlib.suppress(OSError):
+            return socket.socket(family, kind, _MPTCP)
+    return socket.socket(family, kind)
+
+
+def listen(uri: str) -> socket.socket:
+    """Listen on ``tcp:``, ``unix:`` or ``vsock:``.
+
+    :raises ArgumentError: the URI is nothing that one can listen on.
+    :raises OSError: somebody does already.
+    """
+    address: Any
+    match parse_uri(uri):
+        case TcpAddress(host, port, mptcp):
+            family, kind, _, _, address = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            sock = _tcp(family, kind, mptcp)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        case UnixAddress(path=path):
+            sock, address = socket.socket(socket.AF_UNIX), path
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        case VsockAddress(cid, port):
+            sock, address = socket.socket(socket.AF_VSOCK), (cid, port)
+        case other:
+            raise ArgumentError(f"a memory guest cannot come in from {other}")
+    try:
+        sock.bind(address)
+        sock.listen(256)
+    except OSError:
+        sock.close()
+        raise
+    return sock

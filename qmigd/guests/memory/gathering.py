@@ -1,0 +1,134 @@
+"""The destination's multifd channels: a thread each, which puts pages straight into the RAM.
+
+A packet with SYNC says that what the channel brings after it belongs to a later pass.  So its
+thread waits there, until all channels have come so far and the main channel's FLUSH has too.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qmigd.errors import StreamError
+from qmigd.guests.memory.channels import Channel, Lost
+from qmigd.guests.memory.ram import PAGE, Pages, runs
+from qmigd.stream import multifd
+
+if TYPE_CHECKING:
+    from qmigd.guests.memory.machine import Machine
+
+__all__ = ["Gathering"]
+
+#: Seconds that the slowest channel may be behind the others.
+_MEET = 60.0
+
+
+class Gathering:
+    """All channels of one migration."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._ram = machine.ram
+        self._channels: dict[int, Channel] = {}
+        self._state = threading.Condition()
+        self._arrived = 0  # channels that wait at their SYNC
+        self._round = 0
+        self._closed = False
+        self._failure: str = ""
+
+    def take(self, channel: Channel, index: int) -> None:
+        """Take what comes through a channel."""
+        self._channels[index] = channel
+        threading.Thread(
+            target=self._run, args=(channel, index), name=f"memory-multifd-{index}", daemon=True
+        ).start()
+
+    def meet(self) -> None:
+        """Wait until all that was sent before has arrived on every channel.
+
+        :raises Lost: a channel broke.
+        """
+        count = self._machine.settings["multifd-channels"]
+        if not self._machine.settings.on("multifd"):
+            return
+        with self._state:
+            met = self._state.wait_for(
+                lambda: self._arrived == count or self._failure or self._closed, _MEET
+            )
+            if self._failure:
+                raise Lost(self._failure)
+            if not met:
+                raise Lost(f"its multifd channels did not come together within {_MEET:g} s")
+            self._arrived = 0
+            self._round += 1
+            self._state.notify_all()
+
+    def close(self) -> None:
+        """End the threads."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        for channel in list(self._channels.values()):
+            channel.shut()
+
+    def _run(self, channel: Channel, index: int) -> None:
+        try:
+            self._receive(channel)
+        except (Lost, StreamError) as error:
+            with self._state:
+                self._failure = self._failure or f"multifd channel {index}: {error}"
+                self._state.notify_all()
+        finally:
+            channel.close()
+
+    def _receive(self, channel: Channel) -> None:
+        compression = self._machine.settings["multifd-compression"]
+        unpack = None if compression == "none" else multifd.Decompressor(compression)
+        blocks = {self._ram.name: self._ram.size}
+        head = memoryview(bytearray(1 << 16))
+        space = memoryview(bytearray(multifd.PACKET_SIZE))
+        while True:
+            if not channel.receive(head[: multifd.HEAD_SIZE]):
+                if self._closed:
+                    return
+                raise Lost("it ended before the stream did")
+            size = multifd.packet_size(head[: multifd.HEAD_SIZE], PAGE)
+            if not channel.receive(head[multifd.HEAD_SIZE : size]):
+                raise Lost("it ended in a packet")
+            packet = multifd.read_packet(head[:size], PAGE, 0, blocks)
+            if not isinstance(packet, multifd.PagePacket):
+                raise Lost("it brings the state of a device that this guest lacks")
+            if packet.compression != compression and len(packet.normal):
+                raise Lost(f"its pages are compressed by {packet.compression}, not {compression}")
+            normal = (packet.normal // PAGE).astype(np.int64)
+            if not len(normal):
+                pass
+            elif unpack is None:
+                pages = space[: len(normal) * PAGE]
+                if not channel.receive(pages):
+                    raise Lost("it ended in a page")
+                self._put(normal, pages)
+            else:
+                data = unpack(channel.take(packet.payload), len(normal) * PAGE)
+                self._put(normal, memoryview(data))
+            if len(packet.zero):
+                for first, end in runs(np.sort((packet.zero // PAGE).astype(np.int64))):
+                    self._ram.discard(first, end)
+            if packet.sync:
+                self._wait()
+
+    def _put(self, pages: Pages, data: memoryview) -> None:
+        at = 0
+        for first, end in runs(pages):
+            size = (end - first) * PAGE
+            self._ram.put(first, data[at : at + size])
+            at += size
+
+    def _wait(self) -> None:
+        with self._state:
+            round_ = self._round
+            self._arrived += 1
+            self._state.notify_all()
+            self._state.wait_for(lambda: self._round != round_ or self._closed)

@@ -1,0 +1,224 @@
+"""The destination's side of a move: the connections, and who takes what comes over them.
+
+Connections come in QEMU's order.  The first ones show what they are by the magic that each
+begins with: the stream itself, or a multifd channel.  When those are all there, the next is
+the one for pages that are waited for (postcopy-preempt), which begins with no magic.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from twisted.logger import Logger
+
+from qmigd.errors import ArgumentError, QmigdError
+from qmigd.guests.memory.channels import Channel, Lost, listen
+from qmigd.guests.memory.progress import Progress
+from qmigd.guests.memory.receiving import Receiver, Torn
+from qmigd.stream import multifd
+from qmigd.stream.format import MAGIC
+
+if TYPE_CHECKING:
+    from qmigd.guests.memory.machine import Machine
+
+__all__ = ["Incoming"]
+
+#: Seconds that a connection has to show what it is.
+_SHOW = 30.0
+
+log = Logger()
+
+
+class Incoming:
+    """One migration."""
+
+    def __init__(self, machine: Machine, source: str | socket.socket, *, stay: bool) -> None:
+        """:param stay: the process does not end where the load fails."""
+        self.machine = machine
+        self.progress = Progress(outgoing=False, on_status=self._on_status)
+        self._source = source
+        self._stay = stay
+        self._listener: socket.socket | None = None
+        self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._closed = False
+        self._channels: list[Channel] = []
+        self._lock = threading.Lock()
+        self._receiver = Receiver(machine, self.progress)
+        self._threads: list[threading.Thread] = []
+
+    def begin(self) -> None:
+        """Listen, and take what comes.
+
+        :raises ArgumentError: nobody can listen there.
+        """
+        if isinstance(self._source, str):
+            try:
+                self._listener = listen(self._source)
+            except OSError as error:
+                raise ArgumentError(
+                    f"Failed to listen on {self._source}: {error.strerror or error}"
+                ) from None
+            self._spawn(self._accept)
+        else:
+            self._take(Channel(self._source), main=True)
+        self.progress.become("setup")
+
+    @property
+    def alive(self) -> bool:
+        return self.progress.status != "none" and any(one.is_alive() for one in self._threads)
+
+    @property
+    def latencies(self) -> list[float]:
+        """Seconds that the guest has waited for each page that it asked for."""
+        return self._receiver.latencies
+
+    def show(self) -> dict[str, Any]:
+        return self.progress.show()
+
+    def close(self) -> None:
+        """End it at once, with the guest, whose threads may wait for pages."""
+        self._closed = True
+        self._wake()
+        with self._lock:
+            for channel in self._channels:
+                channel.shut()
+        self._receiver.close()
+        self._receiver.give_up()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(1.0)
+        if not self.alive:
+            os.close(self._waker)
+            self._waker = -1
+
+    def _wake(self) -> None:
+        if self._waker >= 0:
+            os.eventfd_write(self._waker, 1)
+
+    def _on_status(self, status: str) -> None:
+        self.machine.event("MIGRATION", {"status": status})
+
+    def _spawn(self, target: Any, *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, name="memory-in", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # -- connections
+
+    def _accept(self) -> None:
+        """Take connections; a thread of its own."""
+        assert self._listener is not None
+        settings = self.machine.settings
+        missing = {"main"}
+        if settings.on("multifd"):
+            missing |= {f"multifd {index}" for index in range(settings["multifd-channels"])}
+        preempt = settings.on("postcopy-preempt")
+        try:
+            while (missing or preempt) and not self.progress.over:
+                channel = self._next()
+                if channel is None:
+                    return
+                if missing:
+                    kind = self._identify(channel)
+                    if kind not in missing:
+                        raise Lost(f"a second connection for {kind}")
+                    missing.discard(kind)
+                    self._take(channel, main=kind == "main")
+                else:
+                    preempt = False
+                    self._spawn(self._receiver.take_preempt, channel)
+        except Lost as error:
+            self._failed(f"a connection was not one of this migration: {error}")
+        except Exception as error:
+            log.failure("connections of {name}", name=self.machine.start.name)
+            self._failed(f"the guest's own fault: {error!r}")
+        finally:
+            self._listener.close()
+
+    def _next(self) -> Channel | None:
+        assert self._listener is not None
+        if not self._wait(self._listener, None):
+            return None
+        sock, _ = self._listener.accept()
+        channel = Channel(sock)
+        with self._lock:
+            self._channels.append(channel)
+        return channel
+
+    def _wait(self, what: socket.socket, seconds: float | None) -> bool:
+        """Whether something has come, before it is over."""
+        ready, _, _ = select.select([what.fileno(), self._waker], [], [], seconds)
+        return what.fileno() in ready and not self._closed
+
+    def _identify(self, channel: Channel) -> str:
+        """Return which channel of the migration it is."""
+        end = time.monotonic() + _SHOW
+        while True:
+            if not self._wait(channel.sock, max(0.0, end - time.monotonic())):
+                raise Lost("it sent nothing")
+            try:
+                magic = channel.sock.recv(4, socket.MSG_PEEK)
+            except OSError as error:
+                raise Lost(error.strerror or str(error)) from None
+            if magic == MAGIC:
+                return "main"
+            if len(magic) == 4 and int.from_bytes(magic, "big") == multifd.MAGIC:
+                initial = multifd.read_initial(channel.take(multifd.INITIAL_SIZE))
+                if initial.uuid != self.machine.start.uuid:
+                    raise Lost("a channel of another guest")
+                self._receiver.take_multifd(channel, initial.channel)
+                return f"multifd {initial.channel}"
+            if not magic or not MAGIC.startswith(magic[:1]):
+                raise Lost(f"it begins with {magic!r}")
+            time.sleep(0.001)
+
+    def _take(self, channel: Channel, *, main: bool) -> None:
+        if main:
+            with self._lock:
+                if channel not in self._channels:
+                    self._channels.append(channel)
+            self._spawn(self._load, channel)
+
+    # -- the stream
+
+    def _load(self, channel: Channel) -> None:
+        """Load the stream; a thread of its own."""
+        try:
+            self._receiver.load(channel)
+        except Torn as error:
+            self.progress.error = str(error)
+            self.progress.become("postcopy-paused")
+            return
+        except QmigdError as error:
+            self._failed(error.text)
+        except (Lost, OSError, ValueError) as error:
+            self._failed(str(error))
+        except Exception as error:
+            log.failure("incoming migration of {name}", name=self.machine.start.name)
+            self._failed(f"the guest's own fault: {error!r}")
+        finally:
+            if self.progress.over:
+                self._close_channels()
+
+    def _failed(self, reason: str) -> None:
+        if self.progress.over or self._closed:
+            return
+        self.progress.error = f"load of migration failed: {reason}"
+        self.progress.become("failed")
+        self._close_channels()
+        if not self._stay:
+            self.machine.failed = self.progress.error
+            self.machine.on_end()
+
+    def _close_channels(self) -> None:
+        self._wake()
+        self._receiver.close()
+        with self._lock:
+            for channel in self._channels:
+                channel.close()
+            self._channels.clear()

@@ -1,0 +1,48 @@
+"""Runs the fuzzer for some time: ``python -m tests.fuzz [SECONDS]``.
+
+It begins with the seeds and the corpus, and works in ``build/fuzz``, where what it finds stays:
+``crash-*`` is an input for which something does not hold.  With ``--merge`` what it has
+found so far is made as small as it goes, and becomes the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["qmigd.stream"]):
+    from tests.fuzz.seeds import seeds
+    from tests.fuzz.target import check
+
+_HERE = Path(__file__).parent
+_WORK = _HERE.parents[1] / "build" / "fuzz"
+
+#: Bytes of an input: more than any seed has.
+_LONGEST = 12000
+
+
+def _main() -> None:
+    found = _WORK / "found"
+    found.mkdir(parents=True, exist_ok=True)
+    options = [f"-max_len={_LONGEST}", f"-artifact_prefix={_WORK}/", "-rss_limit_mb=1024"]
+    if sys.argv[1:] == ["--merge"]:
+        merged = _WORK / "merged"
+        shutil.rmtree(merged, ignore_errors=True)
+        merged.mkdir()
+        options += ["-merge=1", str(merged), str(_HERE / "corpus"), str(found)]
+    else:
+        for seed in seeds():
+            (found / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
+        seconds = sys.argv[1] if len(sys.argv) > 1 else "600"
+        options += [f"-max_total_time={seconds}", "-timeout=120", "-print_final_stats=1"]
+        options += [str(found), str(_HERE / "corpus")]
+    atheris.Setup([sys.argv[0], *options], check)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,200 @@
+"""The parts of the memory guest: what it writes, how that is found dirty, what it is made of."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from twisted.trial.unittest import SynchronousTestCase
+
+from qmigd.errors import ArgumentError
+from qmigd.guests.memory.contents import PATTERNS, Pattern, fill, first_wrong
+from qmigd.guests.memory.devices import State
+from qmigd.guests.memory.dirty import LogTracker, PagemapTracker, Tracker
+from qmigd.guests.memory.faults import Faults
+from qmigd.guests.memory.options import MemoryOptions, from_table, parse
+from qmigd.guests.memory.ram import PAGE, Ram, runs
+
+_PATTERNS = st.builds(
+    Pattern, st.sampled_from(PATTERNS), start=st.integers(0, 40), count=st.integers(1, 60)
+)
+
+
+class ContentsTests(SynchronousTestCase):
+    """RAM in an array, written as the workload writes."""
+
+    def ram(self, pattern: Pattern, written: int) -> NDArray[np.uint64]:
+        """All pages after so many writes, one after the other."""
+        ram = np.zeros((100, PAGE // 8), np.uint64)
+        numbers = np.arange(1, written + 1, dtype=np.int64)
+        for number, page in zip(numbers, pattern.pages(1, written + 1), strict=True):
+            ram[page] = fill(np.array([number]), np.array([page]))[0]
+        return ram
+
+    def wrong(self, pattern: Pattern, written: int, ram: NDArray[np.uint64]) -> str | None:
+        def read() -> Iterator[tuple[int, NDArray[np.uint64]]]:
+            for first in range(0, 100, 30):
+                yield first, ram[first : first + 30]
+
+        return first_wrong(pattern, written, read(), filled=False)
+
+    @given(_PATTERNS, st.integers(0, 150))
+    def test_right(self, pattern: Pattern, written: int) -> None:
+        """However far it has come, the RAM is what it has to be."""
+        self.assertIsNone(self.wrong(pattern, written, self.ram(pattern, written)))
+
+    @given(_PATTERNS, st.integers(1, 150), st.data())
+    def test_each_write_counts(self, pattern: Pattern, written: int, data: Any) -> None:
+        """A write that was lost, one too many, and a page in another's place are all found."""
+        ram = self.ram(pattern, written)
+        self.assertIn("not write", str(self.wrong(pattern, written + 1, ram)))
+        self.assertIn("not write", str(self.wrong(pattern, written - 1, ram)))
+        page = data.draw(st.sampled_from(pattern.pages(1, written + 1).tolist()))
+        word = data.draw(st.integers(0, PAGE // 8 - 1))
+        ram[page, word] ^= np.uint64(1) << np.uint64(data.draw(st.integers(0, 63)))
+        self.assertIn(f"page {page} ", str(self.wrong(pattern, written, ram)))
+
+
+class RamCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.ram = Ram(64 * PAGE)
+        self.addCleanup(self.ram.close)
+
+    def write(self, *pages: int) -> None:
+        for page in pages:
+            self.ram.write(page, np.full((1, PAGE // 8), page + 1, np.uint64))
+
+
+class TrackerTests(RamCase):
+    """Both ways to find dirty pages."""
+
+    def check(self, tracker: Tracker) -> None:
+        self.addCleanup(tracker.close)
+        self.write(3, 4, 5, 9, 63)
+        self.assertEqual([3, 4, 5, 9, 63], np.flatnonzero(tracker.take()).tolist())
+        self.assertFalse(tracker.take().any())
+        self.write(4, 0)
+        # What the engine does is not the guest's doing.
+        self.ram.host[20] = 7
+        self.assertEqual([0, 4], np.flatnonzero(tracker.take()).tolist())
+
+    def test_log(self) -> None:
+        """The workload's notes have what it wrote since the last look."""
+        self.write(1, 2)
+        self.check(LogTracker(self.ram))
+
+    def test_pagemap(self) -> None:
+        """So has the kernel, where it can."""
+        self.write(1, 2)
+        try:
+            tracker = PagemapTracker(self.ram)
+        except OSError as error:
+            self.skipTest(f"this kernel cannot: {error}")
+        self.check(tracker)
+
+
+class HoleTests(RamCase):
+    def test_holes(self) -> None:
+        """What was never written, or was discarded, is no page."""
+        self.write(2, 3, 10)
+        self.assertEqual([2, 3, 10], np.flatnonzero(self.ram.present()).tolist())
+        self.ram.discard(3, 11)
+        self.assertEqual([2], np.flatnonzero(self.ram.present()).tolist())
+
+    @given(st.sets(st.integers(0, 100)))
+    def test_runs(self, pages: set[int]) -> None:
+        """Runs are the same pages again, and no two of them touch."""
+        found = runs(np.array(sorted(pages), np.int64))
+        self.assertEqual(sorted(pages), [page for run in found for page in range(*run)])
+        for (_, end), (first, _) in itertools.pairwise(found):
+            self.assertLess(end, first)
+
+    def test_faults(self) -> None:
+        """A page that is touched is asked for once, and whoever waits gets what comes."""
+        asked: list[int] = []
+        come = threading.Event()
+
+        def ask(page: int) -> None:
+            asked.append(page)
+            come.set()
+
+        received = np.zeros(64, np.bool_)
+        received[7] = True  # as zero bytes: a hole all the same
+        faults = Faults(self.ram, received, ask)
+        self.assertFalse(self.ram.read(7, 1).any())
+        self.assertEqual([], asked)
+        found: list[NDArray[np.uint64]] = []
+        reader = threading.Thread(target=lambda: found.append(self.ram.read(5, 1)))
+        reader.start()
+        self.assertTrue(come.wait(30))
+        faults.place(np.array([4, 5]), np.full((2, PAGE), 9, np.uint8))
+        reader.join()
+        faults.place(np.array([5]), np.full((1, PAGE), 8, np.uint8))  # it is there already
+        faults.finish()
+        self.assertEqual([5], asked)
+        self.assertEqual(9, found[0].view(np.uint8).min())
+        self.assertEqual(9, self.ram.host[5].max())
+        self.assertEqual(1, len(faults.latencies))
+
+
+class OptionsTests(SynchronousTestCase):
+    def test_table(self) -> None:
+        """Sizes are written as people write them."""
+        options = from_table({"size": "64M", "dirty-rate": "50M/s", "pattern": "random"})
+        self.assertEqual((64 << 20, 50 << 20), (options.size, options.dirty_rate))
+        self.assertEqual(32 << 20, options.window)
+        self.assertEqual(MemoryOptions(), from_table({}))
+
+    def test_refused(self) -> None:
+        """What is wrong is named, with what would do."""
+        for table, words in (
+            ({"size": "12"}, "from 1048576 to"),
+            ({"size": "much"}, "size cannot be much"),
+            ({"size": 1 << 20 | 5}, "whole pages"),
+            ({"dirty-rate": -1}, "dirty-rate cannot be -1"),
+            ({"pattern": "randon"}, "did you mean random"),
+            ({"fill": 1}, "fill cannot be 1"),
+            ({"incoming": "yes"}, "incoming must be true or false"),
+            ({"working-set": "2G"}, "cannot be more than the size"),
+            ({"ram": 1}, "there is no 'ram'"),
+        ):
+            with self.assertRaisesRegex(ArgumentError, words):
+                from_table(table)
+
+    @given(st.integers(256, 1 << 20), st.integers(0, 1 << 40), st.sampled_from(PATTERNS))
+    def test_command_line(self, pages: int, rate: int, pattern: str) -> None:
+        """A command line says what the options said."""
+        options = MemoryOptions(pages * PAGE, rate, pattern, working_set=5 * PAGE, fill="random")
+        argv = options.argv("a guest")[4:]
+        start = parse([*argv, "-qmp", "unix:/a,,b,server=on,wait=off"])
+        self.assertEqual((options, "a guest", "/a,b"), (start.options, start.name, start.qmp))
+        self.assertEqual(options, MemoryOptions(options.size).with_program(options.program))
+
+    @given(st.integers(0, 1 << 63), st.integers(0, 1 << 63), st.booleans())
+    def test_devices(self, ticks: int, written: int, running: bool) -> None:
+        """What the devices hold survives the way."""
+        state = State(ticks, written, running, {"pattern": "x"}, [{"at": "here", "from": 0}])
+        self.assertEqual(state, State.decode(state.encode()))
+        with self.assertRaises(ValueError):
+            State.decode(state.encode()[1:])
+
+
+class ImportTests(SynchronousTestCase):
+    def test_the_daemon_does_without_numpy(self) -> None:
+        """A daemon that starts has not loaded what only a guest's process needs."""
+        script = (
+            "import sys\nimport qmigd.daemon.service\n"
+            "print('numpy' in sys.modules, 'qmigd.guests.memory.options' in sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        self.assertEqual("False True", done.stdout.strip())
