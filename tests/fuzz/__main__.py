@@ -28,19 +28,24 @@ _LONGEST = 12000
 def _main() -> None:
     found = _WORK / "found"
     found.mkdir(parents=True, exist_ok=True)
+    if any(option.startswith("-merge_control_file") for option in sys.argv):
+        options = sys.argv[1:]  # the fuzzer has run this itself, to look at the files in turns
+        atheris.Setup([sys.argv[0], *options], check)
+        atheris.Fuzz()
     options = [f"-max_len={_LONGEST}", f"-artifact_prefix={_WORK}/", "-rss_limit_mb=1024"]
+    program = f"{sys.executable} -m tests.fuzz"
     if sys.argv[1:] == ["--merge"]:
         merged = _WORK / "merged"
         shutil.rmtree(merged, ignore_errors=True)
         merged.mkdir()
-        options += ["-merge=1", str(merged), str(_HERE / "corpus"), str(found)]
+        options += ["-set_cover_merge=1", str(merged), str(_HERE / "corpus"), str(found)]
     else:
         for seed in seeds():
             (found / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
         seconds = sys.argv[1] if len(sys.argv) > 1 else "600"
         options += [f"-max_total_time={seconds}", "-timeout=120", "-print_final_stats=1"]
         options += [str(found), str(_HERE / "corpus")]
-    atheris.Setup([sys.argv[0], *options], check)
+    atheris.Setup([program, *options], check)
     atheris.Fuzz()
 
 
