@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.rig.daemons import Daemon, DaemonDied
 from tests.rig.netns import Link
-from tests.rig.news import ask_until
+from tests.rig.news import ask_until, wait_until
 from tests.rig.pair import SLOW, Pair, PairCase, start
 from tests.rig.proofs import only_one_runs
 from tests.rig.qmp import QmpError
@@ -210,8 +210,8 @@ class SetupTests(FaultCase):
         self.make(fault, pair)
         self.after(fault, pair)
         if fault == CUT:
-            # It may have hung in a connection that was cut, deaf to what qmigd told it.
-            pair.destination.kill()
+            # It may have hung in a connection that was cut, deaf to what qmigd told it then.
+            wait_until(lambda: not pair.destination.alive, "the destination's QEMU to be ended")
         self.stays(pair, path)
 
     def test_source_qmigd(self) -> None:

@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ..errors import (
+    DeadlineError,
     GuestGone,
     MigrationError,
     QmigdError,
@@ -211,8 +212,9 @@ class Incoming(Answering):
     # the end
 
     async def settle(self, error: QmigdError | None) -> None:
+        lingers = False
         if error is not None:
-            await self._recover()
+            lingers = await self._recover()
             self.services.verdicts.settle(self.record.id, self._ran)
         self._report(error)
         if error is None:
@@ -220,10 +222,9 @@ class Incoming(Answering):
         self.control.close()
         if self._path is not None:
             self._path.close()
-        await self.put_back()
-        self.let_go()
         self.services.requests.forget(self.record.id)
-        self.services.journal.forget(self.record.id, "destination")
+        if not lingers:
+            await self._leave()
         if error is None:
             self.record.end("completed", "arrived")
             return
@@ -235,25 +236,52 @@ class Incoming(Answering):
         )
         status = "cancelled" if error.code == "cancelled" else "failed"
         self.record.end(status, "runs here" if self._ran else "not here", error)
+        if lingers:
+            Deferred.fromCoroutine(self._end_late())
 
-    async def _recover(self) -> None:
-        """After a failure: nothing must run here that may run at the source."""
+    async def _leave(self) -> None:
+        """There is nothing left to be done."""
+        await self.put_back()
+        self.let_go()
+        self.services.journal.forget(self.record.id, "destination")
+
+    async def _end_late(self) -> None:
+        """End a QEMU that is of no use any more, as soon as it hears of it.
+
+        It may hang in a connection that was cut, for as long as the kernel believes in that.
+        """
+
+        async def end() -> str:
+            assert self.guest is not None
+            await self.guest.quit()
+            return "its QEMU here was ended"
+
+        await self.finish_late(end)
+        await self._leave()
+
+    async def _recover(self) -> bool:
+        """After a failure: nothing must run here that may run at the source.
+
+        :return: its QEMU has to be ended, and does not answer.
+        """
         if self.taking is not None:
             # A QEMU may just be starting for it.
             with suppress(QmigdError):
                 await self.taking
         guest = self.guest
         if guest is None:
-            return
+            return False
+        ending = False
         try:
             if not self._receiving:
                 if self.services.guests.launched_for(guest, self.record.id):
                     await guest.quit()
-                return
+                return False
             if self._owned is Owned.YES:
                 self._ran = await self._arrived(guest)
             if on_destination_failure(self._owned, bool(self._ran)) is Act.QUIT:
                 self.saved = Settings()
+                ending = True
                 await guest.quit()
         except GuestGone:
             # It ended by itself, as QEMU does when a load fails.
@@ -262,6 +290,8 @@ class Incoming(Answering):
                 self._ran = False
         except QmigdError as second:
             log.warn("guest {guest}: {error}", guest=guest.name, error=second.text)
+            return ending and isinstance(second, DeadlineError)
+        return False
 
     async def _arrived(self, guest: Guest) -> bool:
         """Whether the guest is here; if not, its QEMU can be ended without a doubt."""
