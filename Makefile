@@ -53,7 +53,7 @@ docs: setup
 	@$(BIN)/sphinx-build -q -E -W --keep-going -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
-# What it finds is in build/fuzz.  `python -m tests.fuzz --merge` makes the corpus anew out of that.
+# What it finds is in build/fuzz.  `python -m tests.fuzz --merge` makes a new corpus out of that.
 fuzz: $(VENV)/.fuzz
 	@$(BIN)/python -m tests.fuzz $(SECONDS)
 

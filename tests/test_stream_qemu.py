@@ -36,7 +36,7 @@ from tests.rig.bootsector import PAGE, Program
 from tests.rig.guest import MACHINE, Guest
 from tests.rig.news import wait_until
 from tests.rig.qemus import LABELS
-from tests.rig.streams import StreamCase, events, image, packets
+from tests.rig.streams import StreamCase, events, image, packets, written
 
 #: Dirties the same pages again and again.
 _FAST = Program(pages=1024, pages_per_tick=64, ticks_per_second=100)
@@ -101,11 +101,12 @@ class SavedTests(StreamCase):
             limits = {"downtime-limit": 1, "max-bandwidth": 10 << 20}
             guest.qmp("migrate-set-parameters", limits)
             path = Path(guest.directory) / "stream"
-            guest.qmp("migrate", uri=f"exec:cat > {path}")
-            self.wait_passes(guest, 3)
-            limits = {"downtime-limit": 2000, "max-bandwidth": 0}
-            guest.qmp("migrate-set-parameters", limits)
-            self.assertEqual("completed", guest.wait_migration("completed", "failed"))
+            with written(path) as tell:
+                guest.qmp("migrate", uri=f"exec:cat > {path}{tell}")
+                self.wait_passes(guest, 3)
+                limits = {"downtime-limit": 2000, "max-bandwidth": 0}
+                guest.qmp("migrate-set-parameters", limits)
+                self.assertEqual("completed", guest.wait_migration("completed", "failed"))
             ram = image()
             kinds = set()
             for event in events(path.read_bytes()):

@@ -1,8 +1,8 @@
 """Runs the fuzzer for some time: ``python -m tests.fuzz [SECONDS]``.
 
 It begins with the seeds and the corpus, and works in ``build/fuzz``, where what it finds stays:
-``crash-*`` is an input for which something does not hold.  With ``--merge`` what it has
-found so far is made as small as it goes, and becomes the corpus.
+``crash-*`` is an input for which something does not hold.  With ``--merge`` what it has found so
+far is made as small as it goes, into ``build/fuzz/merged``, which takes the corpus's place.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _WORK = _HERE.parents[1] / "build" / "fuzz"
 #: Bytes of an input: more than any seed has.
 _LONGEST = 12000
 
+#: Bytes of one in the corpus, which is to remain small; what is longer the seeds stand for.
+_KEPT = 1500
+
 
 def _main() -> None:
     found = _WORK / "found"
@@ -32,9 +35,11 @@ def _main() -> None:
         options = sys.argv[1:]  # the fuzzer has run this itself, to look at the files in turns
         atheris.Setup([sys.argv[0], *options], check)
         atheris.Fuzz()
-    options = [f"-max_len={_LONGEST}", f"-artifact_prefix={_WORK}/", "-rss_limit_mb=1024"]
+    merging = sys.argv[1:] == ["--merge"]
+    longest = _KEPT if merging else _LONGEST
+    options = [f"-max_len={longest}", f"-artifact_prefix={_WORK}/", "-rss_limit_mb=1024"]
     program = f"{sys.executable} -m tests.fuzz"
-    if sys.argv[1:] == ["--merge"]:
+    if merging:
         merged = _WORK / "merged"
         shutil.rmtree(merged, ignore_errors=True)
         merged.mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,11 +18,11 @@ from qmigd.stream.reader import Reader
 from tests.rig.bootsector import PAGE, Program
 from tests.rig.case import RigCase
 from tests.rig.guest import Guest
-from tests.rig.news import DEADLINE
+from tests.rig.news import DEADLINE, Hang
 from tests.rig.proxy import OrderlyRecorder
 from tests.rig.qemus import require
 
-__all__ = ["BUSY", "StreamCase", "events", "image", "packets", "pieces"]
+__all__ = ["BUSY", "StreamCase", "events", "image", "packets", "pieces", "written"]
 
 #: Not a divisor of anything in a stream.
 _PIECE = 100_003
@@ -54,6 +56,25 @@ def packets(data: bytes) -> Iterator[Initial | PageData | DeviceState]:
 def image() -> RamImage:
     """Make room for a guest's RAM."""
     return RamImage(lambda block: bytearray(block.length))
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[str]:
+    """Wait at the end until a program that QEMU writes into has written its file as well.
+
+    QEMU's migration has completed once the last bytes are in the program's pipe.  Yields what
+    has to follow the program's command: it tells through a pipe of its own.
+    """
+    pipe = path.with_suffix(".written")
+    os.mkfifo(pipe)
+    descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        yield f"; echo > {pipe}"
+        if not select.select([descriptor], [], [], DEADLINE)[0]:
+            raise Hang(f"Waited {DEADLINE:g} s in vain for {path} to be written.")
+    finally:
+        os.close(descriptor)
+        pipe.unlink()
 
 
 class StreamCase(RigCase):
@@ -97,7 +118,11 @@ class StreamCase(RigCase):
         :param uri: with ``{}`` for the file's path.
         """
         path = Path(guest.directory) / "saved"
-        self.migrate(guest, uri.format(path), **parameters)
+        if uri.startswith("exec:"):
+            with written(path) as tell:
+                self.migrate(guest, uri.format(path) + tell, **parameters)
+        else:
+            self.migrate(guest, uri.format(path), **parameters)
         return path.read_bytes()
 
     def load(self, guest: Guest, data: bytes, uri: str = "exec:cat {}") -> None:
