@@ -32,6 +32,7 @@ from qmigd.channels.movers.sending import COPIED_ENOUGH
 from qmigd.channels.pump import SEND_BUFFER
 from qmigd.interfaces import MOVERS
 from qmigd.transports.sockets import tcp_pair
+from qmigd.transports.zero_copy import enable
 from tests import test_channels_pump as pumps
 from tests.test_channels_pump import MIB, pattern, read_all, reset, write_all
 
@@ -266,7 +267,7 @@ class ZeroCopyTests(MoverTests):
     async def test_completions(self) -> None:
         """Each buffer is free again once the kernel says so, which also says that it copied."""
         wire, peer = self.sockets()
-        sending.enable(wire)
+        enable(wire)
         sender = sending.Sending(wire)
         data = pattern(64 << 10)
 
@@ -289,7 +290,7 @@ class ZeroCopyTests(MoverTests):
         """Whoever waits for a buffer is woken when the connection is lost or shut."""
         for end in (lambda wire, peer: reset(peer), lambda wire, peer: wire.shutdown(2)):
             wire, peer = self.sockets()
-            sending.enable(wire)
+            enable(wire)
             sender = sending.Sending(wire)
             # One more is waited for than there are.
             sender.ring = Ring(1, 1000)
@@ -334,7 +335,7 @@ class ZeroCopyTests(MoverTests):
 
     def refused(self, sock: socket.socket) -> int:
         """See that the kernel does refuse it; return the error's number."""
-        sending.enable(sock)
+        enable(sock)
         with self.assertRaises(OSError) as raised:
             sock.send(bytes(64 << 10), MSG_ZEROCOPY)
         return raised.exception.errno or 0

@@ -36,10 +36,11 @@ from typing import Final
 
 from qmigd.channels.movers import BUFFER_SIZE, mover_for
 from qmigd.channels.movers.probing import Direction, obstacle
-from qmigd.channels.movers.sending import Sending, enable
+from qmigd.channels.movers.sending import Sending
 from qmigd.channels.pump import SEND_BUFFER
 from qmigd.interfaces import COPY, MOVERS
 from qmigd.transports.sockets import set_send_buffer, tcp_pair
+from qmigd.transports.zero_copy import enable
 
 __all__ = ["DIRECTIONS", "MARGIN", "Calibration", "Cancelled", "Cost", "Measuring"]
 

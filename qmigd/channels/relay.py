@@ -21,6 +21,7 @@ import os
 import shutil
 import socket
 import tempfile
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class _Channel:
         return ChannelState(self.name, self.index, what, pump.sent, pump.received)
 
 
-class _Relay:
+class _Relay(ABC):
     """What the two sides have in common: one end comes, the other is got, in order."""
 
     def __init__(
@@ -223,16 +224,16 @@ class _Relay:
 
     # for the two sides
 
-    async def _other_end(self, channel: _Channel) -> PeerSocket:
-        raise NotImplementedError
+    @abstractmethod
+    async def _other_end(self, channel: _Channel) -> PeerSocket: ...
 
+    @abstractmethod
     def _sockets(self, first: Any, second: Any) -> tuple[socket.socket, PeerSocket]:
         """Return the guest's and the peer's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _failed(self, channel: _Channel, reason: str) -> None:
         """The other end cannot be had."""
-        raise NotImplementedError
 
     def _begin(self, name: str, index: int, first: PeerSocket) -> None:
         channel = _Channel(name, index, first)

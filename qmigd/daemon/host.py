@@ -17,8 +17,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmigd.channels.movers.sending import enable
 from qmigd.interfaces import Host, RdmaDevice
+from qmigd.transports.zero_copy import enable
 
 __all__ = ["gather", "rdma_devices"]
 

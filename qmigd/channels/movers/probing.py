@@ -10,8 +10,8 @@ from typing import Literal
 
 from qmigd.channels.movers.common import said
 from qmigd.channels.movers.receiving import Receiving
-from qmigd.channels.movers.sending import enable
 from qmigd.transports.sockets import tcp_pair
+from qmigd.transports.zero_copy import enable
 
 __all__ = ["Direction", "obstacle"]
 

@@ -17,28 +17,14 @@ import mmap
 import os
 import select
 import socket
-import struct
 from typing import Final
 
 from qmigd.channels.movers.common import BUFFER_SIZE, Count, End, said
 from qmigd.channels.movers.copying import copy
 from qmigd.channels.movers.ring import Ring
+from qmigd.transports.zero_copy import MSG_ZEROCOPY, completions, enable
 
-__all__ = ["COPIED_ENOUGH", "Sending", "enable", "send"]
-
-# Constants of Linux that the socket module does not name: SO_ZEROCOPY
-# (asm-generic/socket.h), MSG_ZEROCOPY (linux/socket.h), and from linux/errqueue.h
-# struct sock_extended_err with its SO_EE_ORIGIN_ZEROCOPY and SO_EE_CODE_ZEROCOPY_COPIED.
-_SO_ZEROCOPY: Final = 60
-_MSG_ZEROCOPY: Final = 0x4000000
-_EXTENDED_ERR: Final = struct.Struct("=IBBBxII")
-_ORIGIN_ZEROCOPY: Final = 5
-_CODE_COPIED: Final = 1
-
-# A completion comes as what IP_RECVERR or IPV6_RECVERR (linux/in.h, in6.h) would bring.
-_ERRORS: Final = {(socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)}
-#: Room for it: the struct above, and the offender's address behind it.
-_ROOM: Final = 128
+__all__ = ["COPIED_ENOUGH", "Sending", "send"]
 
 #: The ring: what the kernel allows a TCP connection to have on its way by default
 #: (net.ipv4.tcp_wmem), in buffers of half the size of a copy's.
@@ -85,14 +71,6 @@ def send(source: socket.socket, sink: socket.socket, count: Count) -> End:
     return copy(source, sink, count)
 
 
-def enable(sock: socket.socket) -> None:
-    """Allow a socket to send without copying.
-
-    :raises OSError: the kernel cannot do it with this socket.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY, 1)
-
-
 class Sending:
     """A TCP socket that is sent to without copying."""
 
@@ -129,7 +107,7 @@ class Sending:
             return
         while data:
             try:
-                taken = self._sink.send(data, _MSG_ZEROCOPY)
+                taken = self._sink.send(data, MSG_ZEROCOPY)
             except OSError as error:
                 # net.core.optmem_max or RLIMIT_MEMLOCK is used up, by this connection or
                 # by others.
@@ -162,15 +140,8 @@ class Sending:
     def _reap(self) -> bool:
         """Read the completions that are there; returns whether there were any."""
         some = False
-        while True:
-            try:
-                # Never waits, whatever the socket does.
-                _, ancillary, _, _ = self._sink.recvmsg(0, _ROOM, socket.MSG_ERRQUEUE)
-            except BlockingIOError:
-                return some
+        while (found := completions(self._sink)) is not None:
             some = True
-            for level, kind, data in ancillary:
-                if (level, kind) in _ERRORS and len(data) >= _EXTENDED_ERR.size:
-                    _, origin, _, code, low, high = _EXTENDED_ERR.unpack_from(data)
-                    if origin == _ORIGIN_ZEROCOPY:
-                        self.ring.completed(low, high, code == _CODE_COPIED)
+            for low, high, copied in found:
+                self.ring.completed(low, high, copied)
+        return some

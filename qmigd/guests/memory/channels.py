@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qmigd.errors import ArgumentError
+from qmigd.transports.mptcp import IPPROTO_MPTCP
 from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress, parse_uri
 
 __all__ = ["Channel", "Lost", "Pace", "Rate", "check", "connect", "listen"]
@@ -27,7 +28,6 @@ _BUFFER = 1 << 20
 _CONNECT = 10.0
 #: Seconds over which bandwidth is evened out (QEMU: BUFFER_DELAY in migration/migration.c).
 _SLICE = 0.1
-_MPTCP = 262  # IPPROTO_MPTCP
 
 
 class Lost(Exception):
@@ -248,7 +248,7 @@ def _connect_tcp(host: str, port: int, mptcp: bool) -> socket.socket:
 def _tcp(family: int, kind: int, mptcp: bool) -> socket.socket:
     if mptcp:
         with contextlib.suppress(OSError):
-            return socket.socket(family, kind, _MPTCP)
+            return socket.socket(family, kind, IPPROTO_MPTCP)
     return socket.socket(family, kind)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import errno
 import queue
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,18 +23,12 @@ from qmigd.guests.memory.ram import PAGE, Pages, Ram
 from qmigd.guests.memory.sending import MainSender, split_zeros
 from qmigd.stream.multifd import Packer, runs
 from qmigd.stream.records import MULTIFD_FLUSH
+from qmigd.transports.zero_copy import MSG_ZEROCOPY, completions, enable
 
 __all__ = ["MultifdSender", "ZeroCopy"]
 
 #: Batches that may wait for each channel: enough that none has to wait for the next.
 _AHEAD = 2
-#: ``SO_ZEROCOPY`` and ``MSG_ZEROCOPY`` (asm-generic/socket.h, linux/socket.h).
-_SO_ZEROCOPY = 60
-_MSG_ZEROCOPY = 0x4000000
-_ORIGIN_ZEROCOPY = 5  # SO_EE_ORIGIN_ZEROCOPY
-_COPIED = 1  # SO_EE_CODE_ZEROCOPY_COPIED
-#: struct sock_extended_err (linux/errqueue.h): errno, origin, type, code, pad, info, data.
-_EXTENDED = struct.Struct("=I4B2I")
 #: Seconds between two looks at what the kernel has completed.
 _LOOK = 0.0005
 
@@ -50,7 +42,7 @@ class ZeroCopy:
     def __init__(self, channel: Channel) -> None:
         """:raises OSError: this socket cannot do it."""
         self._channel = channel
-        channel.sock.setsockopt(socket.SOL_SOCKET, _SO_ZEROCOPY, 1)
+        enable(channel.sock)
         self._begun = 0
         self._done = 0
         self.missed = 0
@@ -64,7 +56,7 @@ class ZeroCopy:
         sock = self._channel.sock
         while left:
             try:
-                count = sock.sendmsg(left, [], _MSG_ZEROCOPY)
+                count = sock.sendmsg(left, [], MSG_ZEROCOPY)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise Lost(error.strerror or str(error)) from None
@@ -94,23 +86,16 @@ class ZeroCopy:
     def _reap(self, *, wait: bool = True) -> None:
         """Take what the kernel has completed off the socket's error queue."""
         try:
-            _, ancillary, _, _ = self._channel.sock.recvmsg(
-                0, 256, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT
-            )
-        except BlockingIOError:
-            if wait:
-                if self._channel.closed:
-                    raise Lost("it was closed") from None
-                time.sleep(_LOOK)
-            return
+            found = completions(self._channel.sock)
         except OSError as error:
             raise Lost(error.strerror or str(error)) from None
-        for _, _, data in ancillary:
-            _, origin, _, code, _, first, last = _EXTENDED.unpack_from(data)
-            if origin == _ORIGIN_ZEROCOPY:
-                self._done += ((last - first) & 0xFFFFFFFF) + 1
-                if code & _COPIED:
-                    self.missed += 1
+        if found is None and wait:
+            if self._channel.closed:
+                raise Lost("it was closed")
+            time.sleep(_LOOK)
+        for low, high, copied in found or ():
+            self._done += ((high - low) & 0xFFFFFFFF) + 1
+            self.missed += copied
 
 
 class MultifdSender:
