@@ -12,7 +12,7 @@ from typing import Any
 from qmigd.wire.inband import OPENING, frame
 from tests.rig.daemons import Daemon, free_ports
 from tests.rig.news import ask_until, wait_until
-from tests.rig.pair import SLOW, PairCase, start
+from tests.rig.pair import PairCase, start
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.proxy import Recorder
 from tests.test_faults_precopy import CANCEL, CUT, DESTINATION_QEMU, DESTINATION_QMIGD, FaultCase
@@ -65,32 +65,19 @@ class FaultTests(FaultCase):
 
     def test_cancel(self) -> None:
         """The user cancels: the guest goes on where it is, and moves at the second try."""
-        pair = self.ready("11", "11")
-        pair.begin("direct", bandwidth=SLOW)
-        pair.wait(pair.here, "active")
-        self.make(CANCEL, pair)
-        self.after(CANCEL, pair)
-        self.stays(pair, "direct")
-
-    def broken(self, fault: str, path: str, mode: str, label: str) -> None:
-        pair = self.ready(label, label, link=fault == CUT)
-        pair.begin(path, mode, bandwidth=SLOW)
-        pair.wait(pair.here, "active")
-        self.make(fault, pair)
-        self.after(fault, pair)
-        self.stays(pair, path)
+        self.while_active(CANCEL, "direct", "11", "11")
 
     def test_cut(self) -> None:
         """The network is cut, and both sides miss the HEARTBEATs in their framing."""
-        self.broken(CUT, "relay", "multifd", "10.0")
+        self.while_active(CUT, "relay", "10.0", "10.0", "multifd")
 
     def test_destination_qmigd(self) -> None:
         """The destination's qmigd is killed, with the other end of every framed connection."""
-        self.broken(DESTINATION_QMIGD, "relay", "preempt", "7.2")
+        self.while_active(DESTINATION_QMIGD, "relay", "7.2", "7.2", "preempt")
 
     def test_destination_qemu(self) -> None:
         """The destination's QEMU is killed, and its qmigd says so in its framing."""
-        self.broken(DESTINATION_QEMU, "handover", "postcopy", "11")
+        self.while_active(DESTINATION_QEMU, "handover", "11", "11", "postcopy")
 
 
 class InTlsTests(TlsCase):
