@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.terminal_theme import TerminalTheme
 
 from tests.demo_memory import MemoryDemo
@@ -35,7 +34,7 @@ from tests.rig.guest import Guest, GuestDied, Line
 from tests.rig.proofs import counted_without_a_gap
 from tests.rig.qemus import Qemu
 from tests.rig.qmp import Lost
-from tests.rig.stage import PICTURE, Demo, Host, Problem
+from tests.rig.stage import PICTURE, Demo, Host, Problem, facts
 
 __all__ = ["NoQemu", "QemuDemo", "installed_qemu", "main"]
 
@@ -135,10 +134,7 @@ class QemuDemo(Demo):
 
     def _introduce(self, qemu: Qemu, here: Host, there: Host) -> None:
         rate = _WORK.dirty_rate / (1 << 20)
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column()
+        table = facts(3)
         table.add_row(
             here.name,
             here.daemon.uri,
@@ -155,9 +151,7 @@ class QemuDemo(Demo):
         last, first = left.lines[-1], now.lines[0]
         counted_without_a_gap(left, now)
         window = now.check_ram()
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column()
+        table = facts(2)
         rounds = f"its {_ordinal(window.generation)} round"
         if window.boundary < _WORK.end:
             rounds += f" up to {window.boundary:#x}, the one before from there on"

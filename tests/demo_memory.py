@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
-
 from qmigd.guests.memory.workload import TICKS
 from tests.rig.memory import MemoryGuest
 from tests.rig.news import ask_until
-from tests.rig.stage import Demo, Host, Problem
+from tests.rig.stage import Demo, Host, Problem, facts
 
 __all__ = ["MemoryDemo"]
 
@@ -63,10 +61,7 @@ class MemoryDemo(Demo):
         return guest
 
     def _introduce(self, here: Host, there: Host) -> None:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column()
+        table = facts(3)
         table.add_row(
             here.name,
             here.daemon.uri,
@@ -96,9 +91,7 @@ class MemoryDemo(Demo):
         places = self._check_count(hosts, now)
         now.check()
         written = now.clock()["written"]
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column()
+        table = facts(2)
         table.add_row(
             "  RAM  ",
             f"[green]right[/]: all {_SIZE << 8:,} pages ({_SIZE} MiB) hold what the guest wrote "

@@ -29,7 +29,7 @@ from tests.rig.guest import Guest, GuestDied
 from tests.rig.memory import MemoryGuest
 from tests.rig.process import Process, temporary_directory
 
-__all__ = ["PICTURE", "Demo", "Host", "Problem"]
+__all__ = ["PICTURE", "Demo", "Host", "Problem", "facts"]
 
 _QMIGCTL = str(Path(sys.executable).with_name("qmigctl"))
 
@@ -49,6 +49,15 @@ class Host:
 
     name: str
     daemon: Daemon
+
+
+def facts(columns: int) -> Table:
+    """Return a table without lines, of whose columns only the last one has long texts."""
+    table = Table.grid(padding=(0, 2))
+    for _ in range(columns - 1):
+        table.add_column(no_wrap=True)
+    table.add_column()
+    return table
 
 
 class Demo:
