@@ -18,7 +18,9 @@ module           what it has
 ``machine``      all of it together: run state, migrations, events
 ``progress``     how far a migration is
 ``channels``     connections for a stream, and their bandwidth
-``outgoing``     the source's side: passes over the RAM, and their end
+``outgoing``     the source's side: from the first connection to the last word
+``passes``       its precopy
+``answers``      what the destination says to it
 ``sending``      its pages over the main channel
 ``spreading``    its multifd channels, and zero copy
 ``switching``    its postcopy

@@ -8,8 +8,8 @@
     postcopy-active   instead: the guest runs at the destination, and its pages follow
     completed         the destination has said on the return path that it has it all
 
-One thread does all of this, another reads the return path.  The monitor's thread asks for
-things, and shuts the channels down to end what they wait in.
+One thread does all of this, another reads the return path (``answers``).  The monitor's
+thread asks for things, and shuts the channels down to end what they wait in.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from twisted.logger import Logger
 
 from qmigd.errors import QmigdError, StreamError
 from qmigd.guests.memory import devices
+from qmigd.guests.memory.answers import Answers
 from qmigd.guests.memory.channels import Channel, Lost, Pace, connect
 from qmigd.guests.memory.devices import DEVICE, MACHINE, State
 from qmigd.guests.memory.dirty import Tracker, track
+from qmigd.guests.memory.passes import Passes
 from qmigd.guests.memory.progress import Progress
-from qmigd.guests.memory.ram import PAGE, Pages
+from qmigd.guests.memory.ram import PAGE
 from qmigd.guests.memory.sending import BATCH, RAM_SECTION, MainSender, Sender
 from qmigd.guests.memory.spreading import MultifdSender
 from qmigd.guests.memory.switching import Following, discards
-from qmigd.guests.memory.throttle import Throttle
 from qmigd.stream import writer
 from qmigd.stream.format import RAM_NAME, RAM_VERSION, RamBlock, SectionType
 from qmigd.stream.multifd import Initial
 from qmigd.stream.postcopy import Advice, advise, listen, packaged, run
 from qmigd.stream.records import END_OF_SECTION
-from qmigd.stream.return_path import PageRequest, ReturnPath, Shut
+from qmigd.stream.return_path import PageRequest
 
 if TYPE_CHECKING:
     from qmigd.guests.memory.machine import Machine
@@ -48,14 +49,6 @@ __all__ = ["DEVICE_SECTION", "Outgoing"]
 
 #: The section's id.
 DEVICE_SECTION = 2
-#: Seconds that the last word of the destination may take.
-_LAST_WORD = 30.0
-#: Seconds of the downtime that are not for pages: stopping, one more look for dirty pages,
-#: the devices, and the destination's own part.
-_OVERHEAD = 0.02
-#: Seconds between two looks when a held stream waits.
-_LOOK = 0.05
-_RECEIVE = 64 << 10
 
 log = Logger()
 
@@ -81,9 +74,7 @@ class Outgoing:
         self._lock = threading.Lock()
         self._cancelled = False
         self._postcopy = threading.Event()
-        self._refusal = ""
-        self._speaks = True  # there is a return path
-        self._answered = threading.Event()
+        self._answers = Answers(self._requested, self._shut_all)
         self._tracker: Tracker | None = None
         self._pages: Sender | None = None
         self._finished = False
@@ -128,7 +119,7 @@ class Outgoing:
 
     def _shut_all(self) -> None:
         self.pace.release()
-        self._answered.set()
+        self._answers.release()
         with self._lock:
             for channel in self._channels:
                 channel.shut()
@@ -152,7 +143,7 @@ class Outgoing:
             except _Cancelled:
                 self._failed("cancelled", "it was cancelled")
             except (Lost, OSError) as error:
-                reason = self._refusal or getattr(error, "strerror", None) or str(error)
+                reason = self._answers.refusal or getattr(error, "strerror", None) or str(error)
                 self._failed("failed", f"the stream to the destination broke: {reason}")
             except StreamError as error:
                 self._failed("failed", f"the destination said what is no return path: {error.text}")
@@ -198,8 +189,8 @@ class Outgoing:
     def _check(self) -> None:
         if self._cancelled:
             raise _Cancelled
-        if self._refusal:
-            raise Lost(self._refusal)
+        if self._answers.refusal:
+            raise Lost(self._answers.refusal)
 
     def _add(self, sock: socket.socket) -> Channel:
         channel = Channel(sock)
@@ -222,20 +213,23 @@ class Outgoing:
         pages.sync()
         progress.setup_time = time.monotonic() - progress.begun
         progress.become("active")
-        dirty = self._passes(sender, pages)
+        assert self._tracker is not None
+        passes = Passes(machine, progress, pages, sender.rate, self._postcopy, self._check)
+        dirty = passes.run(self._tracker)
         preempt = None
         if self._postcopy.is_set() and machine.settings.on("postcopy-preempt"):
             # The guest is not to be let go of before this one is there.
             assert isinstance(target, str)
             preempt = self._add(connect(target))
         state, stopped = self._stop()
-        dirty |= self._take_dirty()
+        dirty |= self._tracker.take()
         if self._postcopy.is_set() and dirty.any():
             pages.sync()
             self._follow(main, sender, preempt, dirty, state, stopped)
         else:
             self._complete(main, sender, pages, dirty, state, stopped)
-        self._last_word(main)
+        self._answers.last()
+        self._check()
         if not self._away:
             progress.downtime = time.monotonic() - stopped
         machine.gone()
@@ -262,13 +256,7 @@ class Outgoing:
         parts = [writer.header(), writer.configuration(MACHINE)]
         if settings.on("return-path") or settings.on("postcopy-ram"):
             parts += [writer.open_return_path(), writer.ping(1)]
-            blocks = {ram.name: ram.size}
-            threading.Thread(
-                target=self._listen, args=(main, ReturnPath(blocks, PAGE)), daemon=True
-            ).start()
-        else:
-            self._answered.set()
-            self._speaks = False
+            self._answers.listen(main, ram)
         if settings.on("postcopy-ram"):
             parts.append(advise(Advice(PAGE, PAGE)))
         parts += [
@@ -279,68 +267,6 @@ class Outgoing:
         ]
         self._tracker = track(ram)
         self.progress.transferred += main.send(parts)
-
-    # -- passes
-
-    def _passes(self, main: MainSender, sender: Sender) -> NDArray[np.bool_]:
-        """Send the RAM until little enough is dirty; returns what is left to be sent."""
-        machine, progress = self.machine, self.progress
-        assert self._tracker is not None
-        throttle = Throttle(machine)
-        left = np.ones(machine.ram.pages, np.bool_)
-        present: NDArray[np.bool_] | None = machine.ram.present()
-        while True:
-            progress.syncs += 1
-            machine.event("MIGRATION_PASS", {"pass": progress.syncs})
-            begun, before = time.monotonic(), progress.transferred
-            self._pass(left, sender, present)
-            if self._postcopy.is_set():
-                return left
-            sender.sync()
-            present = None
-            seconds = max(time.monotonic() - begun, 1e-6)
-            sent = progress.transferred - before
-            left |= self._tracker.take()
-            dirty = int(np.count_nonzero(left))
-            progress.remaining = dirty * PAGE
-            progress.dirty_rate = int(dirty / seconds)
-            progress.bandwidth = self._bandwidth(main, sent, seconds)
-            throttle.passed(dirty * PAGE, sent)
-            progress.throttle = throttle.per_cent
-            progress.expected_downtime = dirty * PAGE / max(progress.bandwidth, 1.0) + _OVERHEAD
-            if progress.expected_downtime * 1000 <= max(
-                machine.settings["downtime-limit"], _OVERHEAD * 1000
-            ):
-                return left
-
-    def _bandwidth(self, main: MainSender, sent: int, seconds: float) -> float:
-        """Bytes a second that the last pages can be sent with."""
-        told = int(self.machine.settings["avail-switchover-bandwidth"])
-        if told:
-            return float(told)
-        limit = int(self.machine.settings["max-bandwidth"])
-        rate = main.rate.value or sent / seconds
-        return min(rate, limit) if limit else rate
-
-    def _pass(
-        self, left: NDArray[np.bool_], sender: Sender, present: NDArray[np.bool_] | None
-    ) -> None:
-        """Send all pages that are in ``left``, and take them out of it."""
-        pages: Pages = np.flatnonzero(left)
-        at = 0
-        while at < len(pages):
-            self._check()
-            if self._postcopy.is_set():
-                return
-            limit = int(self.machine.settings["max-bandwidth"])
-            # Of a low bandwidth no more than for a moment, so that it can be changed.
-            count = BATCH if not limit else max(1, min(BATCH, limit // 50 // PAGE))
-            batch = pages[at : at + count]
-            sender.send(batch, present)
-            left[batch] = False
-            at += len(batch)
-            self.progress.precopy_bytes = self.progress.transferred
-            self.progress.remaining = (len(pages) - at) * PAGE
 
     # -- the end of precopy
 
@@ -353,10 +279,6 @@ class Outgoing:
         self._finished = True
         self.pace.changed()
         return state, stopped
-
-    def _take_dirty(self) -> NDArray[np.bool_]:
-        assert self._tracker is not None
-        return self._tracker.take()
 
     def _complete(
         self,
@@ -418,43 +340,9 @@ class Outgoing:
         head = writer.section_start(SectionType.FULL, DEVICE_SECTION, DEVICE, 0, devices.VERSION)
         return [head, state.encode(), writer.section_end(DEVICE_SECTION)]
 
-    def _last_word(self, main: Channel) -> None:
-        """Wait until the destination has said that it has everything."""
-        if not self._speaks:
-            return
-        if not self._answered.wait(_LAST_WORD):
-            raise Lost(f"it did not say within {_LAST_WORD:g} s that it has everything")
-        self._check()
-
-    # -- the return path
-
-    def _listen(self, main: Channel, decoder: ReturnPath) -> None:
-        """Read what the destination says; a thread of its own."""
-        data = memoryview(bytearray(_RECEIVE))
-        try:
-            while count := main.receive_some(data):
-                for message in decoder.feed(bytes(data[:count])):
-                    match message:
-                        case Shut(error):
-                            if error:
-                                self._lost("the destination could not load the guest")
-                            self._answered.set()
-                            return
-                        case PageRequest():
-                            self.progress.requests += 1
-                            if self._following is not None:
-                                self._following.request(message)
-                                self.pace.changed()
-            reason = "it closed the connection"
-        except (Lost, StreamError) as error:
-            reason = str(error)
-        except Exception:
-            log.failure("return path")
-            reason = "the guest's own fault"
-        if not self._answered.is_set():
-            self._lost(reason)
-
-    def _lost(self, reason: str) -> None:
-        """Nothing more will be said: end what waits."""
-        self._refusal = reason
-        self._shut_all()
+    def _requested(self, request: PageRequest) -> None:
+        """The guest waits for pages at the destination: in the thread of the return path."""
+        self.progress.requests += 1
+        if self._following is not None:
+            self._following.request(request)
+            self.pace.changed()
