@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 from typing import Any
@@ -31,6 +30,8 @@ _GUEST = GuestFacts(
 #: the limit that processes have by default (8 MiB).
 _BUFFER = 1 << 20
 _NEEDED = locked_memory(_BUFFER)
+#: What has to be sent: RAM that is not zero, from an address on.
+_FULL = (16 << 20, bytes(range(1, 256)) * (24 << 20 >> 8))
 
 
 class RuleTests(SynchronousTestCase):
@@ -105,11 +106,11 @@ class LimitTests(RigCase):
         """Move a guest by one channel; returns the status and what QEMU says of a failure."""
         source = self.guest(
             ordinary(require(label), memlock=limit), "source", namespace=namespace, memory=48,
-            extra=self.noise,
+            loaded=_FULL,
         )  # fmt: skip
         destination = self.guest(
             require(label), "destination", namespace=namespace, memory=48, incoming=True,
-            extra=self.noise,
+            loaded=_FULL,
         )  # fmt: skip
         for_everybody(source).start()
         destination.start()
@@ -150,10 +151,6 @@ class LimitTests(RigCase):
     def setUp(self) -> None:
         link = self.link()
         self.namespace = _Small(link).namespace
-        path = self.mktemp()
-        with open(path, "wb") as file:
-            file.write(bytes(range(1, 256)) * (24 << 20 >> 8))
-        self.noise = ("-device", f"loader,file={os.path.abspath(path)},addr=0x1000000,force-raw=on")
 
     def test_just_enough(self) -> None:
         """With the limit that is asked for the guest is moved, whatever the receiver does."""

@@ -74,6 +74,7 @@ class Guest:
         program: Program | None = None,
         paused: bool = False,
         identity: uuid.UUID = _UUID,
+        loaded: tuple[int, bytes] | None = None,
         extra: Sequence[str] = (),
         namespace: Namespace | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Guest:
         :param memory: MiB.
         :param paused: do not run by itself, neither from the start nor after an
             incoming migration (``-S``).
+        :param loaded: an address, and bytes that are in its RAM there from the start.
         :param extra: further arguments for QEMU.
         :param namespace: where QEMU's network is, if not here.
         """
@@ -109,6 +111,12 @@ class Guest:
         self._image = os.path.join(self.directory, "boot")
         with open(self._image, "wb") as file:
             file.write(image(self.program))
+        if loaded:
+            at, content = loaded
+            path = os.path.join(self.directory, "loaded")
+            with open(path, "wb") as file:
+                file.write(content)
+            self._extra += ("-device", f"loader,file={path},addr={at:#x},force-raw=on")
         self._listeners = {kind: self._listen(kind) for kind in ("rig", "serial")}
         self._stop, self._stopped = socket.socketpair()
         self._connections: list[socket.socket] = []

@@ -8,10 +8,10 @@ QEMU loads them at a reset and never into a guest that waits for a migration.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -130,6 +130,7 @@ def same_ram(source: Guest, destination: Guest, *, everything: bool = False) -> 
         check(ram[program.start : program.end], program)
 
 
+@cache
 def source_noise() -> bytes:
     """Return the random bytes in the guest's RAM."""
     return random.Random(7).randbytes(_RANDOM_SIZE)
@@ -359,17 +360,10 @@ class PairCase(RigCase):
         """Prepare a QEMU that waits for the guest; ``paused`` is the source's affair."""
         return self.noisy_guest(label, name, incoming=True, **options)
 
-    def noisy_guest(
-        self, label: str, name: str, *, extra: Sequence[str] = (), **options: Any
-    ) -> Guest:
-        """Prepare a guest with random bytes in its RAM, if it does not wait for one."""
-        path = os.path.abspath("noise")
-        if not os.path.exists(path):
-            with open(path, "wb") as file:
-                file.write(source_noise())
-        noise = ("-device", f"loader,file={path},addr={_RANDOM_AT:#x},force-raw=on")
+    def noisy_guest(self, label: str, name: str, **options: Any) -> Guest:
+        """Prepare a guest with random bytes in its RAM."""
         options.setdefault("memory", _MEMORY)
-        return self.guest(require(label), name, extra=(*extra, *noise), **options)
+        return self.guest(require(label), name, loaded=(_RANDOM_AT, source_noise()), **options)
 
     def pair(
         self,
