@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
-from qmigd.errors import ArgumentError, GuestBusy, GuestError, GuestGone
+from qmigd.errors import ArgumentError, DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.guests.qemu import GONE, QemuGuest
 from qmigd.interfaces import Settings
 from tests.rig.bootsector import Program
@@ -21,6 +21,7 @@ from tests.rig.case import RigCase
 from tests.rig.guest import Guest
 from tests.rig.news import DEADLINE, Hang
 from tests.rig.qemus import LABELS, require
+from tests.rig.qmp import QmpError
 
 #: Bytes per second of a precopy that takes some seconds.
 SLOW = 4 << 20
@@ -362,6 +363,28 @@ class MoveTests(QemuCase):
         await self.finish(out, into)
         await deferLater(reactor, 0)
         self.assertEqual(await into.query_status(), "paused")
+
+    async def test_cont_while_the_source_completes(self) -> None:
+        """It runs once its migration is through; QEMU's own cont is refused until then."""
+        for label in LABELS:
+            one, other, out, into = await self.pair(label, label, "pause-before-switchover")
+            await self.begin(other, out, into)
+            pauses = Deferred.fromCoroutine(when(out, "MIGRATION", status("pre-switchover")))
+            await out.apply(Settings(parameters={"max-bandwidth": 1 << 40}))
+            await pauses
+            self.assertEqual(await out.query_status(), "finish-migrate")
+            error = self.assertRaises(QmpError, one.qmp, "cont")
+            self.assertIn("not finalized yet", error.text)
+            self.patch(out, "_deadline", 0.05)
+            late = await self.refused(out.cont(), DeadlineError)
+            self.assertIn("completing its migration", str(late))
+            self.patch(out, "_deadline", DEADLINE)
+            runs = Deferred.fromCoroutine(out.cont())
+            await deferLater(reactor, 0)
+            one.qmp("migrate-continue", state="pre-switchover")
+            await runs
+            self.assertEqual((await out.query_migrate())["status"], "completed")
+            self.assertEqual(await out.query_status(), "running")
 
     async def test_images_are_left_alone_while_it_waits(self) -> None:
         """A cont for later does not touch a disk that the source still writes to.

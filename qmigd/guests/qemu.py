@@ -29,8 +29,8 @@ __all__ = ["GONE", "Known", "QemuGuest"]
 
 #: The event that :meth:`QemuGuest.watch` has beside QEMU's own.
 GONE = "QMIGD_GONE"
-#: Seconds between two looks whether a guest that is to run has been loaded.
-LOADED_POLL = 0.003
+#: Seconds between two looks whether a guest that is to run can: there are no events of that.
+STATE_POLL = 0.003
 
 #: The argument of ``migrate-incoming`` with which a failed load does not end the
 #: process (QEMU 9.1 and newer), so that it can tell why it failed.
@@ -462,12 +462,29 @@ class QemuGuest:
         QEMU's own ``cont`` does not serve there: up to 9.2 it opens the images
         for writing at once, while the source may still write to them.  It fails
         where the source holds their locks, and spoils them where there are none.
+
+        A source refuses it from when it stops the guest until it is done with its migration,
+        which is some time after that has become ``completed``, ``failed`` or ``cancelled``.
+
+        :raises DeadlineError: it is not done with it in time.
         """
         client = self.client
-        if await self.query_status() == "inmigrate":
+        if await self._until_finished(client) == "inmigrate":
             self._start_later(Deferred.fromCoroutine(self._start_when_loaded(client)))
         else:
             await self._run(client)
+
+    async def _until_finished(self, client: QMPClient) -> str:
+        """Wait until a source is done with its migration; returns the run state then."""
+        end = self._reactor.seconds() + self._deadline
+        while (state := (await client.execute("query-status"))["status"]) == "finish-migrate":
+            if self._reactor.seconds() >= end:
+                raise QMPDeadline(
+                    f"the QEMU of guest {self.name} is still completing its migration after "
+                    f"{self._deadline:g} s, and does not let the guest run before it is done"
+                )
+            await deferLater(self._reactor, STATE_POLL)
+        return str(state)
 
     def _start_later(self, starting: Deferred[None] | None) -> None:
         """Forget an earlier ``cont`` for when it is loaded, if there is one."""
@@ -477,10 +494,9 @@ class QemuGuest:
             earlier.cancel()
 
     async def _start_when_loaded(self, client: QMPClient) -> None:
-        # There is no event when a load ends with the guest paused.
         try:
             while (await client.execute("query-status"))["status"] == "inmigrate":
-                await deferLater(self._reactor, LOADED_POLL)
+                await deferLater(self._reactor, STATE_POLL)
             await self._run(client)
         except GuestError as error:
             _log.warn(
