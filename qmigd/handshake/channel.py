@@ -24,6 +24,7 @@ from qmigd.handshake.exchange import (
     Core,
     Exchange,
     Inputs,
+    build,
     send,
     table_of,
     tell,
@@ -72,7 +73,7 @@ _closed.upon(_I.lost).loop().returns(None)
 for _state in (_waiting, _securing, _asking, _attached, _closed):
     _state.upon(_I.where).loop().returns(_state.name)
 
-_Machine = _builder.build()
+_Machine = build(_builder)
 
 
 class ChannelHandshake(Exchange):

@@ -48,6 +48,7 @@ from qmigd.handshake.exchange import (
     Core,
     Exchange,
     Inputs,
+    build,
     send,
     table_of,
     tell,
@@ -191,7 +192,7 @@ for _state in (
 ):
     _state.upon(_I.where).loop().returns(_state.name)
 
-_Machine = _builder.build()
+_Machine = build(_builder)
 
 
 class DestinationHandshake(Exchange):

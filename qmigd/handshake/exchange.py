@@ -20,9 +20,10 @@ import hmac
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Protocol
+from functools import cache
+from typing import Any, ClassVar, Final, Protocol, TypeVar, cast
 
-from automat import NoTransition
+from automat import NoTransition, TypeMachineBuilder
 
 from qmigd.errors import LocalError, ProtocolError
 from qmigd.handshake.events import Event, Failed
@@ -36,6 +37,7 @@ __all__ = [
     "Inputs",
     "Table",
     "Transition",
+    "build",
     "send",
     "table_of",
     "tell",
@@ -114,8 +116,25 @@ class Table:
     expected: Mapping[str, frozenset[MessageType]]
 
 
+_Inputs = TypeVar("_Inputs", bound="Inputs")
+
+
+def build(builder: TypeMachineBuilder[_Inputs, Core]) -> Callable[[Core], _Inputs]:
+    """Build a machine whose transitions are looked up, each for the first time only.
+
+    Automat goes through its whole list for each input, which in tables like these takes as
+    long as all the rest of a transition.
+
+    :param builder: what has the whole table.
+    """
+    machine: Any = builder.build()
+    automaton = machine.__automat_automaton__
+    automaton.outputForInput = cache(automaton.outputForInput)
+    return cast(Callable[[Core], _Inputs], machine)
+
+
 def table_of(machine: Any) -> Table:
-    """Return the table of a machine that ``TypeMachineBuilder.build`` made."""
+    """Return the table of a machine that :func:`build` made."""
     automaton = machine.__automat_automaton__
     transitions = sorted(
         (

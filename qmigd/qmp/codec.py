@@ -50,14 +50,17 @@ _SPACE = re.compile(rb"\s*")
 _STRAY = re.compile(rb"[^\n{\[]*")
 
 
+# Made once: dumps() makes one for each call that is not its plainest.
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 def encode(message: Mapping[str, Any]) -> bytes:
     """Return the bytes of one message, ASCII, with the line's end that QEMU has.
 
     :raises ValueError: there is a NaN or an infinity in it.
     :raises TypeError: something in it is not JSON.
     """
-    text = json.dumps(message, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii") + b"\r\n"
+    return _encode(message).encode("ascii") + b"\r\n"
 
 
 class Decoder:
