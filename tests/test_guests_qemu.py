@@ -160,6 +160,16 @@ class SettingsTests(QemuCase):
             self.assertEqual(await held.apply(before), (wanted, before))
             self.assertEqual(await held.readback(names), fresh)
 
+    async def test_what_is_known_to_be_so(self) -> None:
+        """What is so already is not set again, and read back all the same."""
+        held = await self.held(self.started("7.2"))
+        wanted = Settings({"events": True, "multifd": True}, {"multifd-channels": 4})
+        _, facts = await held.apply(wanted), (await held.examine()).facts
+        self.assertEqual(await held.apply(wanted, facts), (wanted, wanted))
+        await held.apply(Settings({"multifd": False}))
+        error = await self.refused(held.apply(wanted, facts), GuestError)
+        self.assertIn("multifd at True, and has it at False", str(error))
+
     async def test_unset(self) -> None:
         """None unsets what can be unset, and passes over what cannot."""
         held = await self.held(self.started("7.2"))

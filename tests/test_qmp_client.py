@@ -22,6 +22,7 @@ from zope.interface import implementer
 from qmigd.errors import ArgumentError, DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.qmp.client import COMMAND_DEADLINE, QUEUE_POLL, QMPClient, QMPRefusal, connect
 from qmigd.qmp.codec import Decoder
+from qmigd.waiting import together
 
 GREETING: dict[str, Any] = {
     "QMP": {"version": {"qemu": {"major": 9}}, "capabilities": ["oob", "other"]}
@@ -340,13 +341,19 @@ class ConnectTests(TestCase):
             client = await connect(reactor, f"unix:{self.path}")
             here, there = socket.socketpair()
             with here, there:
-                done = [
-                    client.execute_with_fd(there.fileno(), "getfd", fdname="a"),
-                    client.execute("query-status"),
-                    client.execute_with_fd(there.fileno(), "getfd", fdname="b"),
-                ]
-                for one in done:
-                    self.assertEqual(await one, {})
+
+                async def give(name: str) -> None:
+                    async with client.fd_turn:
+                        given = client.execute_with_fd(there.fileno(), "getfd", fdname=name)
+                        self.assertEqual(await given, {})
+
+                await together(
+                    [
+                        Deferred.fromCoroutine(give("a")),
+                        client.execute("query-status"),
+                        Deferred.fromCoroutine(give("b")),
+                    ]
+                )
                 self.assertEqual(len(descriptors), 2)
                 got = [number for name, number in commands if name == "getfd"]
                 self.assertEqual(got, [1, 2])

@@ -8,7 +8,7 @@ migration hang, or corrupts RAM in silence.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -163,18 +163,21 @@ class QemuGuest:
         pid = process.peer(client.transport)
         began = process.started(pid) if pid else None
         identity = (pid, began) if pid and began else None
+        known = self._known.of(identity)
         # All at once: QEMU answers in order, and nobody waits in between.
-        described, types, parameters, status = await together(
-            [
-                Deferred.fromCoroutine(describe.describe(client, self._known.of(identity))),
-                Deferred.fromCoroutine(builds.types(client)),
-                client.execute("query-migrate-parameters"),
-                client.execute("query-status"),
-            ]
-        )
+        asked: list[Deferred[Any]] = [
+            Deferred.fromCoroutine(describe.describe(client, known)),
+            Deferred.fromCoroutine(builds.types(client)),
+            client.execute("query-migrate-parameters"),
+            client.execute("query-status"),
+        ]
+        thread = known.thread if known is not None else None
+        seen = process.look(pid, thread) if pid and thread else None
+        described, types, parameters, status = await together(asked)
         version = client.greeting["version"]["qemu"]
         body, lasting = described.body, described.lasting
-        seen = process.look(pid, lasting.thread) if pid and lasting.thread else None
+        if pid and lasting.thread and lasting.thread != thread:
+            seen = process.look(pid, lasting.thread)
         ram = lasting.ram
         if seen is not None:
             self._known.keep(identity, lasting)
@@ -224,17 +227,19 @@ class QemuGuest:
         giving ``None`` unsets one where QEMU can do that (``tls-creds``); where it
         cannot (``block-bitmap-mapping``), ``None`` is passed over.
 
-        :param facts: say what was before; without them QEMU is asked.
+        :param facts: say what was before, and what is so already is not set again; without
+            them QEMU is asked.
         :raises GuestError: QEMU refused or ignored one of them; all are as before.
         """
-        parameters = await self._settable(settings.parameters)
+        wanted = settings if facts is None else _lacking(settings, facts)
+        parameters = await self._settable(wanted.parameters)
         # All at once: QEMU answers in order, so what it had comes before what it is told.
         (known, before), *answers = await DeferredList(
             [
                 Deferred.fromCoroutine(self.readback(settings))
                 if facts is None
                 else maybeDeferred(self._pick, settings, facts.capabilities, facts.parameters),
-                *self._set(Settings(settings.capabilities, parameters, settings.objects)),
+                *self._set(Settings(wanted.capabilities, parameters, wanted.objects)),
                 Deferred.fromCoroutine(self.readback(settings)),
             ],
             consumeErrors=True,
@@ -260,8 +265,8 @@ class QemuGuest:
         for name, value in {**wanted.capabilities, **wanted.parameters}.items():
             if value is not None and present[name] != value:
                 raise GuestError(
-                    f"the QEMU of guest {self.name} was told to set {name} to {value!r}"
-                    f" and left it at {present[name]!r}"
+                    f"the QEMU of guest {self.name} was to have {name} at {value!r}, and has it"
+                    f" at {present[name]!r}"
                 )
 
     async def readback(self, settings: Settings) -> Settings:
@@ -347,14 +352,9 @@ class QemuGuest:
 
         :raises GuestError: QEMU refused.
         """
-        if isinstance(channel, socket.socket) or channel.startswith(("fd:", "exec:")):
-            try:
-                await self._one_channel()
-            except BaseException:
-                if isinstance(channel, socket.socket):
-                    channel.close()
-                raise
-        await self._with_channel("migrate-incoming", channel, {_STAY: False})
+        await self._with_channel(
+            "migrate-incoming", channel, {_STAY: False}, check=self._one_channel
+        )
 
     async def migrate(self, channel: str | socket.socket) -> None:
         """Start the outgoing migration to a URI, or into a connected socket.
@@ -380,17 +380,38 @@ class QemuGuest:
                 )
 
     async def _with_channel(
-        self, command: str, channel: str | socket.socket, wishes: Mapping[str, Any] | None = None
+        self,
+        command: str,
+        channel: str | socket.socket,
+        wishes: Mapping[str, Any] | None = None,
+        *,
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """Run a command that takes a channel.
+
+        :param check: for one whose connection is there already; nothing is begun where it fails.
+        """
+
+        async def run(uri: str) -> None:
+            if check is not None and uri.startswith(("fd:", "exec:")):
+                await check()
+            await self._try(command, uri, wishes or {})
+
         if isinstance(channel, str):
-            await self._try(command, channel, wishes or {})
+            await run(channel)
             return
         client = self.client
         name = next(self._names)
         with channel:
-            await client.execute_with_fd(channel.fileno(), "getfd", fdname=name)
+            async with client.fd_turn:
+                # What is sent next goes along: QEMU takes its commands in order.
+                given = client.execute_with_fd(channel.fileno(), "getfd", fdname=name)
+                going = Deferred.fromCoroutine(run(f"fd:{name}"))
+                answers = await DeferredList([given, going], consumeErrors=True)
         try:
-            await self._try(command, f"fd:{name}", wishes or {})
+            for succeeded, failure in answers:
+                if not succeeded:
+                    raise failure.value
         except GuestError:
             # QEMU has taken it out of its list, or has not; gone it must be.
             await client.execute("closefd", fdname=name).addErrback(lambda _: None)
@@ -421,9 +442,10 @@ class QemuGuest:
         """
         client = self.client
         first, *others = descriptors
-        number = (await client.execute_with_fd(first, "add-fd"))["fdset-id"]
-        for other in others:
-            await client.execute_with_fd(other, "add-fd", **{"fdset-id": number})
+        async with client.fd_turn:
+            number = (await client.execute_with_fd(first, "add-fd"))["fdset-id"]
+            for other in others:
+                await client.execute_with_fd(other, "add-fd", **{"fdset-id": number})
         return f"{_FD_SETS}{number}"
 
     async def unlend(self, name: str) -> None:
@@ -531,3 +553,24 @@ class QemuGuest:
         finally:
             if timer.active():
                 timer.cancel()
+
+
+def _lacking(settings: Settings, facts: GuestFacts) -> Settings:
+    """Return what of the settings is not so yet.
+
+    A QEMU reads what it is told byte by byte (monitor_can_read in monitor/monitor.c), some
+    3.5 us each: what need not be said makes everybody wait less.
+    """
+    return Settings(
+        {
+            name: on
+            for name, on in settings.capabilities.items()
+            if facts.capabilities.get(name) is not on
+        },
+        {
+            name: value
+            for name, value in settings.parameters.items()
+            if facts.parameters.get(name) != value
+        },
+        settings.objects,
+    )

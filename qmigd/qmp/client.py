@@ -132,8 +132,9 @@ class QMPClient(Protocol):
         self._pending: dict[int, _Asked] = {}
         self._timer: IDelayedCall | None = None
         self._last_id = 0
-        # QEMU keeps the descriptors of one read only: one such command at a time.
-        self._descriptors = DeferredLock()
+        #: To be held while a command with a descriptor waits for its answer: QEMU keeps the
+        #: descriptors that came last only.
+        self.fd_turn = DeferredLock()
         self._subscribers: list[EventCallback] = []
         self._mourners: list[Callable[[GuestGone], None]] = []
         self._lost: GuestGone | None = None
@@ -163,7 +164,8 @@ class QMPClient(Protocol):
     def execute_with_fd(self, fd: int, command: str, /, **arguments: Any) -> Deferred[Any]:
         """Like :meth:`execute`, with a copy of the descriptor ``fd``.
 
-        ``fd`` stays the caller's, and has to stay open until the Deferred fires.
+        ``fd`` stays the caller's, and has to stay open until the Deferred fires.  The caller
+        holds :attr:`fd_turn` until then.
 
         :raises ArgumentError: the connection is not one over a unix socket.
         """
@@ -174,13 +176,9 @@ class QMPClient(Protocol):
                     " of the kind unix:PATH"
                 )
             )
-
-        def send() -> Deferred[Any]:
-            if self._lost is None:
-                self.transport.sendFileDescriptor(fd)
-            return self._send("execute", command, arguments)
-
-        return self._descriptors.run(send)
+        if self._lost is None:
+            self.transport.sendFileDescriptor(fd)
+        return self._send("execute", command, arguments)
 
     def subscribe(self, callback: EventCallback) -> Callable[[], None]:
         """Have ``callback`` called with every event; returns what ends that."""
