@@ -427,6 +427,10 @@ class IFeature(Interface):
         """Parameters that both sides must set alike, ``frozenset[str]``: a user's
         value for one goes to ``propose`` and not straight to QEMU.""",
     )
+    parameters = Attribute(
+        """Parameters that only this feature sets, ``frozenset[str]``: they are no tunables, and a
+        user who gives one is told whose it is.""",
+    )
 
     def probe_host(host: Host) -> Answer:
         """Say whether this host can do it; :class:`No` with the reason if not."""
@@ -506,6 +510,7 @@ class Feature:
     abilities: frozenset[str] = frozenset()
     formats: frozenset[str] = frozenset()
     tunables: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
 
     def probe_host(self, host: Host) -> Answer:
         return Yes()

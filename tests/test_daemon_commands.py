@@ -80,6 +80,7 @@ class RefusalTests(PairCase):
         pair = self.small().start()
         for words, arguments in (
             (("multifd", "feature", "negotiated"), {"tunables": {"multifd": True}}),
+            (("tls-creds", "feature 'tls'", "negotiated"), {"tunables": {"tls-creds": "tls0"}}),
             (("max-bandwith", "max-bandwidth"), {"tunables": {"max-bandwith": 1}}),
             (("max-bandwidth", "fast"), {"tunables": {"max-bandwidth": "fast"}}),
             (("multifdd", "multifd"), {"prefer": ["multifdd"]}),
@@ -359,6 +360,7 @@ class QueryTests(PairCase):
             }
             self.assertIn(has, found)
             self.assertNotIn(has_not, found)
+            self.assertEqual([name for name in found if name.startswith("tls-")], [])
             self.assertEqual(found["max-bandwidth"]["value"], 128 << 20)
             self.assertEqual(found["max-bandwidth"]["type"], "int")
             self.assertIn("zstd", found["multifd-compression"]["values"])

@@ -153,7 +153,8 @@ class Commands(ChannelCommands):
     async def query_tunables(self, guest: str) -> list[dict[str, Any]]:
         async with self._guests.borrowed(guest) as held:
             tunables = await held.tunables()
-        return [_tunable(tunable) for tunable in tunables]
+        negotiated = self._negotiated()
+        return [_tunable(tunable) for tunable in tunables if tunable.name not in negotiated]
 
     # migrations
 
@@ -302,13 +303,25 @@ class Commands(ChannelCommands):
         return await guest.checked(tunables) if tunables else {}
 
     def _check_tunables(self, tunables: Mapping[str, Any]) -> None:
-        """:raises ArgumentError: a name is a feature."""
+        """:raises ArgumentError: a name is a feature, or a parameter that is a feature's own."""
+        negotiated = self._negotiated()
         for name in tunables:
             if name in self._services.features:
-                raise ArgumentError(
-                    f"'{name}' is a feature and no tunable: it is negotiated, and on wherever "
-                    f"both sides can; 'prefer', 'require' and 'exclude' have a say in that"
-                )
+                what, it = "is a feature and no tunable", "it"
+            elif name in negotiated:
+                it = f"'{negotiated[name]}'"
+                what = f"is no tunable: the feature {it} sets it"
+            else:
+                continue
+            raise ArgumentError(
+                f"'{name}' {what}; {it} is negotiated, and on wherever both sides can; "
+                "'prefer', 'require' and 'exclude' have a say in that"
+            )
+
+    def _negotiated(self) -> dict[str, str]:
+        """The migration parameters that are features' own, each with its feature's name."""
+        features = self._services.features.values()
+        return {name: feature.name for feature in features for name in feature.parameters}
 
 
 def _absolute(file: str) -> Path:

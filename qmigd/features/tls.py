@@ -50,6 +50,7 @@ class Tls(Feature):
     paths_with: Mapping[str, frozenset[str]] = {"ktls": frozenset({HANDOVER})}
     avoids = frozenset({DIRECT})
     rank = Rank.SECURITY
+    parameters = frozenset({"tls-creds", "tls-hostname", "tls-authz"})
 
     def probe_host(self, host: Host) -> Answer:
         return host.tls
