@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,14 @@ class Running(ProcessProtocol):
 
 
 class QmigctlTestCase(ManagementTestCase):
-    def spawn(self, *arguments: str, tty: bool = False, socket: str | None = None) -> Running:
+    def spawn(
+        self,
+        *arguments: str,
+        tty: bool = False,
+        socket: str | None = None,
+        descriptors: Mapping[int, str | int] | None = None,
+    ) -> Running:
+        """Start qmigctl; ``descriptors`` are its files, as in ``spawnProcess``."""
         process = Running()
         env = {
             "PATH": os.environ["PATH"],
@@ -61,7 +69,7 @@ class QmigctlTestCase(ManagementTestCase):
         }
         command = [sys.executable, "-c", "from qmigd.cli.main import main; main()", *arguments]
         process.transport = self.reactor.spawnProcess(
-            process, sys.executable, command, env, usePTY=tty
+            process, sys.executable, command, env, usePTY=tty, childFDs=descriptors
         )
         return process
 
@@ -402,6 +410,56 @@ class MigrateTests(QmigctlTestCase):
         process = self.spawn("migrate", "web1", "tcp:host-b")
         process.transport.closeStdout()  # type: ignore[union-attr]
         self.assertEqual((Exit.UNKNOWN, b""), (await process.ended, process.err))
+
+
+class OutputTests(QmigctlTestCase):
+    """Standard output and error that are closed, full, or read by nobody."""
+
+    async def check(self, words: str, out: int | None, err: int | None = None) -> tuple[int, str]:
+        """Run it with these files; returns exit code and what came on stderr."""
+        descriptors: dict[int, str | int] = {0: "w", 2: "r"}
+        if out is not None:
+            descriptors[1] = out
+        if err is not None:
+            descriptors[2] = err
+        process = self.spawn(*words.split(), descriptors=descriptors)
+        return await process.ended, process.err.decode()
+
+    async def test_closed(self) -> None:
+        """Nobody wants to have the output: the exit code is that of what was done."""
+        self.operations.answers["query-guests"] = [GUEST]
+        for words, expected in (
+            ("guests", (Exit.OK, "")),
+            ("help", (Exit.OK, "")),
+            ("frob", (Exit.REFUSED, "qmigctl: There is no command 'frob'. See 'qmigctl help'.\n")),
+        ):
+            self.assertEqual(expected, await self.check(words, None), words)
+        process = self.spawn("frob", descriptors={})
+        self.assertEqual(Exit.REFUSED, await process.ended)
+
+    async def test_full(self) -> None:
+        """What cannot be written is said on stderr, and no success; a full stderr is none's."""
+        self.operations.answers["query-guests"] = [GUEST]
+        said = "qmigctl: The output could not be written: No space left on device.\n"
+        with open("/dev/full", "wb") as full:
+            for words in ("guests", "--version"):
+                found = await self.check(words, full.fileno())
+                self.assertEqual((Exit.UNKNOWN, said), found, words)
+            found = await self.check("frob", full.fileno(), full.fileno())
+            self.assertEqual((Exit.REFUSED, ""), found)
+            # An error is more worth being said than that.
+            code, text = await self.check("frob --json", full.fileno())
+            self.assertEqual(Exit.REFUSED, code)
+            self.assertIn("There is no command 'frob'", text)
+
+    async def test_unread(self) -> None:
+        """A reader that has gone, as ``head`` does, is told nothing."""
+        self.operations.answers["query-guests"] = [GUEST]
+        reader, writer = os.pipe()
+        os.close(reader)
+        for words in ("guests --json", "help"):
+            self.assertEqual((Exit.UNKNOWN, ""), await self.check(words, writer), words)
+        os.close(writer)
 
 
 class HelpTests(QmigctlTestCase):

@@ -15,8 +15,9 @@ from twisted.internet.defer import CancelledError
 from ..errors import DeadlineError, GuestError, MigrationError
 from ..qmp.client import QMPClient
 from . import render
-from .ending import Ending, write
+from .ending import Ending
 from .options import Exit
+from .output import write
 from .progress import Display, LinesDisplay, NoDisplay, TerminalDisplay, watch
 
 __all__ = ["RUN", "Session"]

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from typing import TextIO
+from contextlib import suppress
 
 from . import render
 from .options import Exit
 
-__all__ = ["INTERRUPTED", "Ending", "bug", "fail", "unread", "write"]
-
-
-def write(out: TextIO, text: str) -> None:
-    """Write a text and a line's end, now."""
-    out.write(f"{text}\n")
-    out.flush()
+__all__ = ["INTERRUPTED", "Ending", "bug", "fail"]
 
 
 class Ending(Exception):
@@ -24,7 +17,7 @@ class Ending(Exception):
 
     :ivar code: the exit code.
     :ivar kind: a word for programs.
-    :ivar text: a sentence for people.
+    :ivar text: a sentence for people; none where nobody is there to read it.
     """
 
     def __init__(self, code: Exit, kind: str, text: str) -> None:
@@ -47,18 +40,15 @@ def bug(error: Exception) -> Ending:
 
 
 def fail(error: Ending, as_json: bool) -> Exit:
-    """Say it, and return the exit code."""
-    if as_json:
-        write(
-            sys.stdout, json.dumps({"error": {"class": error.kind, "desc": error.text}}, indent=2)
-        )
-    else:
-        write(sys.stderr, f"qmigctl: {render.clean(error.text)}")
+    """Say it, and return the exit code.
+
+    On stdout as JSON, but where that cannot be written, or it is what ``error`` is about.
+    """
+    if as_json and error.kind != "output":
+        text = json.dumps({"error": {"class": error.kind, "desc": error.text}}, indent=2)
+        with suppress(Ending):
+            print(text, flush=True)
+            return error.code
+    if error.text:
+        print(f"qmigctl: {render.clean(error.text)}", file=sys.stderr, flush=True)
     return error.code
-
-
-def unread() -> Exit:
-    """End where whoever read the output has gone."""
-    # Python must not find that out once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return Exit.UNKNOWN

@@ -16,8 +16,8 @@ from ..errors import QmigdError, StreamError
 from ..stream.devices import Devices, Value
 from ..stream.summary import KINDS, Section, Summary
 from ..wire import saved
-from .ending import write
 from .inspect_files import Source
+from .output import write
 from .render import clean, size, table
 
 __all__ = ["Report"]

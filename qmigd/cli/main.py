@@ -13,8 +13,9 @@ from typing import NoReturn
 
 from ..api import nearest
 from ..errors import QmigdError
-from .ending import INTERRUPTED, Ending, bug, fail, unread
+from .ending import INTERRUPTED, Ending, bug, fail
 from .options import LOCAL, Exit, UsageError, make_parser
+from .output import prepare
 
 __all__ = ["main"]
 
@@ -22,11 +23,12 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run qmigctl; the process's own arguments where none are given."""
     given = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        # a guest's name that the terminal cannot show is no reason to fail
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    prepare()
     try:
-        options = _parse(given)
+        try:
+            options = _parse(given)
+        finally:
+            sys.stdout.flush()  # the help
         if options.command in LOCAL:
             sys.exit(_local(options))
         # Late, so that what needs no daemon is quick, and small.
@@ -83,8 +85,6 @@ def _local(options: argparse.Namespace) -> Exit:
         return fail(ending, options.json)
     except QmigdError as error:
         return fail(Ending(Exit.REFUSED, error.code, error.text), options.json)
-    except BrokenPipeError:
-        return unread()
     except Exception as error:
         return fail(bug(error), options.json)
 

@@ -38,7 +38,8 @@ EXIT_CODES: Mapping[Exit, str] = {
     Exit.REFUSED: "wrong usage, or the daemon refused the command; nothing has changed",
     Exit.UNREACHABLE: "the daemon cannot be reached, or does not answer",
     Exit.CANCELLED: "the migration was cancelled; the guest is on the source",
-    Exit.UNKNOWN: "qmigctl was interrupted or lost the daemon; the migration may go on",
+    Exit.UNKNOWN: "qmigctl was interrupted, lost the daemon, or could not write its output; the "
+    "migration may go on",
     Exit.PASSED_ON: "the migration failed after the guest had passed to the destination",
     Exit.BUG: "an error inside qmigctl",
 }

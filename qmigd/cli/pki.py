@@ -41,8 +41,8 @@ from ..channels.authority import (
 )
 from ..channels.pem import fingerprint
 from ..errors import ArgumentError, ConfigError
-from .ending import write
 from .options import Exit
+from .output import write
 
 __all__ = ["default_directory", "run"]
 

@@ -17,7 +17,7 @@ from ..api import SOCKET_VARIABLE, default_socket
 from ..errors import DeadlineError, GuestError, GuestGone, QmigdError
 from ..qmp.client import QMPRefusal, connect
 from .commands import RUN, Session
-from .ending import INTERRUPTED, Ending, bug, fail, unread
+from .ending import INTERRUPTED, Ending, bug, fail
 from .options import Exit
 
 __all__ = ["run"]
@@ -111,8 +111,6 @@ async def _session(reactor: Any, options: argparse.Namespace) -> NoReturn:
         code = fail(ending, options.json)
     except CancelledError:
         code = fail(INTERRUPTED, options.json)
-    except BrokenPipeError:
-        code = unread()
     except Exception as error:
         code = fail(bug(error), options.json)
     raise SystemExit(int(code))
