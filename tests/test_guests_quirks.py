@@ -296,6 +296,7 @@ class QuirkTests(RigCase):
         for label in ("7.2", "10.0", "11"):
             source = self.guest(require(label), label, program=SMALL).start()
             source.set_capabilities("events", "return-path", POSTCOPY, PREEMPT)
+            source.qmp("migrate-set-parameters", {"max-bandwidth": CRAWL})
             with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
                 host, port = listener.getsockname()
                 source.qmp("migrate", uri=f"tcp:{host}:{port}")
