@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tests.rig.daemons import Daemon, DaemonDied
@@ -587,6 +588,17 @@ class JournalTests(FaultCase):
             state = daemon.config["daemon"]["state-dir"]
             left = [name for _, names, files in os.walk(state) for name in (*names, *files)]
             self.assertEqual(sorted(left), ["lock", "migrations", "run"], daemon.name)
+
+    def test_no_journal(self) -> None:
+        """Where a daemon cannot put down how far a move is, there is none."""
+        pair = self.ready("7.2", "7.2")
+        for daemon in (pair.there, pair.here):
+            journal = Path(daemon.config["daemon"]["state-dir"]) / "migrations"
+            journal.rmdir()
+            pair.begin("handover")
+            self.assertIn("cannot put down how far", pair.failed(pair.here))
+            journal.mkdir()
+        self.stays(pair, "handover")
 
     def test_second_daemon(self) -> None:
         """A second daemon on the same state does not start, and leaves the first one's move be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -64,6 +65,13 @@ class _Waiting:
 
 class ArrivingTests(SynchronousTestCase):
     def setUp(self) -> None:
+        self.released(lambda *_: None)
+
+    def released(self, write: Callable[..., None]) -> None:
+        """The source gives the guest away, and is lost.
+
+        :param write: puts down in the journal what there is to put down.
+        """
         self.clock = Clock()
         self.guest = _Waiting()
         control = Control(DestinationHandshake([]), self.clock)
@@ -74,7 +82,7 @@ class ArrivingTests(SynchronousTestCase):
             deadlines=Deadlines(),
             records=Records(lambda *_: None),
             verdicts=Verdicts(),
-            journal=SimpleNamespace(write=lambda *_: None),
+            journal=SimpleNamespace(write=write),
             guests=SimpleNamespace(where=lambda _: "unix:/qmp"),
         )
         self.incoming = Incoming(cast(Services, services), control, Selected(1, ("a",)))
@@ -95,6 +103,18 @@ class ArrivingTests(SynchronousTestCase):
         self.guest.done.clear()
         self.successResultOf(Deferred.fromCoroutine(self.incoming._recover()))
         return self.incoming._ran
+
+    def test_not_put_down(self) -> None:
+        """What cannot be put down in the journal is not taken over, and so never runs here."""
+
+        def full(*entry: object) -> None:
+            raise MigrationError("no room")
+
+        self.released(full)
+        watching = Deferred.fromCoroutine(self.incoming._watch())
+        self.assertIn("no room", str(self.failureResultOf(watching, MigrationError).value))
+        self.assertIs(self.recover(), False)
+        self.assertEqual(self.guest.done, ["quit"])
 
     def test_never_loaded(self) -> None:
         """Postcopy that has begun and is not loaded is given up, on whatever path."""

@@ -265,7 +265,7 @@ class BrokenTests(FileCase):
             "parameters": {},
         }
         journal = Path(pair.there.config["daemon"]["state-dir"]) / "migrations"
-        (journal / f"{pair.id}.destination.json").write_text(json.dumps(entry))
+        (journal / f"{pair.id}.destination.jsonl").write_text(json.dumps(entry) + "\n")
         pair.there.start()
         pair.destination.wait_running()
         pair.wait_settings(pair.destination)

@@ -278,6 +278,7 @@ class QmigdService(Service):
         closing = [Deferred.fromCoroutine(self._commands.stop())]
         closing += [Deferred.fromCoroutine(self._monitor.stop()), self._movers.stop()]
         closing += [_deferred(port.stopListening()) for port in self._ports]
+        self._journal.close()
         return DeferredList(closing)
 
 

@@ -186,7 +186,13 @@ class Incoming(Answering):
     async def _take_over(self) -> None:
         """RELEASE has come: the guest is ours from here on."""
         assert self.guest is not None
-        self.note("released")
+        try:
+            self.note("released")
+        except QmigdError as error:
+            # Not ours then: a daemon that dies now must not come back to end its QEMU.
+            self._failure = error
+            self.wake()
+            return
         self._owned = Owned.YES
         self.record.owner = "destination"
         if self._path is not None:

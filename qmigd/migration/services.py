@@ -86,9 +86,14 @@ class Guests(Protocol):
 class Journal(Protocol):
     """What must survive the daemon's death."""
 
-    def write(self, migration: str, role: str, entry: Mapping[str, Any]) -> None: ...
+    def write(self, migration: str, role: str, entry: Mapping[str, Any]) -> None:
+        """Put down, or replace, what is known of a migration.
 
-    def forget(self, migration: str, role: str) -> None: ...
+        :raises MigrationError: it cannot be written, and what was known before still is.
+        """
+
+    def forget(self, migration: str, role: str) -> None:
+        """The migration has ended."""
 
 
 class HostFacts:
