@@ -14,7 +14,7 @@ from tests.rig.bootsector import PAGE, Program
 from tests.rig.daemons import free_ports
 from tests.rig.guest import MACHINE, Guest
 from tests.rig.news import ask_until
-from tests.rig.pair import SLOW, Pair, PairCase, same_ram
+from tests.rig.pair import SLOW, Pair, PairCase, same_ram, settings_of
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.proxy import Deaf, Proxy
 from tests.rig.qmp import QmpError
@@ -26,6 +26,9 @@ _ENDLESS = {"downtime-limit": 1, "max-bandwidth": 5 << 20}
 
 #: Bytes a second in postcopy: as good as nothing.
 _CRAWL = {"max-postcopy-bandwidth": 1 << 12}
+
+#: Of which three make up the time that a stream may stand still.
+_SHORT = {"peer_deadline": 1.0, "guest_deadline": 1.0}
 
 _DEADLINES = {"peer_deadline": 2.0, "guest_deadline": 1.0, "handshake_deadline": 2.0}
 
@@ -265,6 +268,43 @@ class KilledTests(PairCase):
             self.finish(pair)
             pair.completed()
             pair.prove_moved()
+
+
+class LateTests(PairCase):
+    """Postcopy that comes to an end late, because nothing moves or it broke."""
+
+    def through_proxy(self, path: str, label: str) -> tuple[Pair, Proxy]:
+        """Bring a move into the middle of postcopy, with its channels in the test's hand."""
+        pair = self.pair(label, here=_SHORT, there=_SHORT).start()
+        proxy = Proxy(int(pair.there.uri.split(":")[2]), only=b"QEMU-CHANNEL")
+        self.addCleanup(proxy.close)
+        slow = {"max-postcopy-bandwidth": 1 << 20}
+        pair.begin(path, "postcopy", bandwidth=4 << 20, tunables=slow, uri=proxy.uri)
+        pair.postcopy()
+        pair.wait(pair.here, "postcopy-active")
+        pair.destination.wait_running()
+        return pair, proxy
+
+    def test_recovered_by_hand(self) -> None:
+        """The stream breaks, and a person has the QEMUs recover: their settings come back then."""
+        pair, proxy = self.through_proxy("handover", "10.0")
+        proxy.drop()
+        for daemon in (pair.here, pair.there):
+            self.assertIn("still ", pair.failed(daemon))
+        # One that finds it like that has the same to do.
+        pair.here.restart()
+        pair.source.wait_migration("postcopy-paused")
+        port = free_ports()[0]
+        pair.destination.qmp("migrate-recover", uri=f"tcp:127.0.0.1:{port}")
+        pair.source.qmp("migrate", uri=f"tcp:127.0.0.1:{port}", resume=True)
+        pair.source.wait_migration("postcopy-active")
+        for guest in (pair.source, pair.destination):
+            self.assertTrue(settings_of(guest)["postcopy-ram"])
+        pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+        pair.source.wait_migration("completed")
+        for guest in (pair.source, pair.destination):
+            pair.wait_settings(guest)
+        pair.prove_moved()
 
 
 class ChannelTests(PairCase):

@@ -190,7 +190,7 @@ class GuestRegistry:
 
     @asynccontextmanager
     async def _held(self, entry: _Entry) -> AsyncIterator[QemuGuest]:
-        if entry.guest is not None and entry.migration is not None:
+        if entry.guest is not None and entry.guest.attached:
             yield entry.guest
             return
         guest = self._guest(entry)

@@ -119,6 +119,11 @@ class QemuGuest:
         client.subscribe(lambda name, data, time: self._tell(name, data))
         client.when_lost(lambda reason: self._on_lost(client, reason))
 
+    @property
+    def attached(self) -> bool:
+        """Whether there is a connection."""
+        return self._client is not None
+
     def detach(self) -> None:
         """Close the connection; the guest goes on.  Harmless when not attached."""
         self._start_later(None)

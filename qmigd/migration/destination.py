@@ -34,6 +34,7 @@ from .control import Control
 from .move import OVER
 from .ownership import Act, on_destination_failure
 from .ownership import Released as Owned
+from .parting import finish_late, goes_on, part_late
 from .paths import DestinationPath
 from .services import Services
 
@@ -229,7 +230,8 @@ class Incoming(Answering):
         if self._path is not None:
             self._path.close()
         self.services.requests.forget(self.record.id)
-        if not lingers:
+        later = error is not None and goes_on(self)
+        if not (lingers or later):
             await self._leave()
         if error is None:
             self.record.end("completed", "arrived")
@@ -244,12 +246,12 @@ class Incoming(Answering):
         self.record.end(status, "runs here" if self._ran else "not here", error)
         if lingers:
             Deferred.fromCoroutine(self._end_late())
+        elif later:
+            Deferred.fromCoroutine(part_late(self))
 
     async def _leave(self) -> None:
-        """There is nothing left to be done."""
         await self.put_back()
-        self.let_go()
-        self.services.journal.forget(self.record.id, "destination")
+        self.leave()
 
     async def _end_late(self) -> None:
         """End a QEMU that is of no use any more, as soon as it hears of it.
@@ -262,7 +264,7 @@ class Incoming(Answering):
             await self.guest.quit()
             return "its QEMU here was ended"
 
-        await self.finish_late(end)
+        await finish_late(self, end)
         await self._leave()
 
     async def _recover(self) -> bool:

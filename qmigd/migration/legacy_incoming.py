@@ -141,9 +141,7 @@ class LegacyIncoming(Move):
             await self._recover()
         self._sock.close()
         await self.put_back()
-        if self.guest is not None:
-            self.let_go()
-            self.services.journal.forget(self.record.id, "destination")
+        self.leave()
         if error is None:
             log.info(
                 "guest {guest} has arrived from {peer}", guest=self._name, peer=self.record.peer

@@ -8,7 +8,7 @@ things and no more.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -363,29 +363,10 @@ class Move(ABC):
                 error=error.text,
             )
 
-    async def finish_late(self, bring_back: Callable[[], Awaitable[str]]) -> None:
-        """For as long as it takes, where QEMU was not done in time.  Never raises.
-
-        QEMU may hang for minutes in a connection that is no more, or before a disk that does
-        not answer.  The guest remains in this migration's hands until then: QEMU would not
-        begin another.
-
-        :param bring_back: returns what has become of the guest; tried again after each
-            ``DeadlineError``.
-        """
-        step = ""
-        try:
-            while not step:
-                await self.rest()
-                with suppress(DeadlineError):
-                    step = await bring_back()
-        except QmigdError as error:
-            step = f"the guest's QEMU could not be asked: {error.text}"
-        except Exception:
-            log.failure("late end of migration {id}", id=self.record.id)
-            step = "qmigd itself failed; its log says where"
-        log.info("guest {guest}: {step}", guest=self.record.guest, step=step)
-        self.record.update(step=step)
+    def leave(self) -> None:
+        """There is nothing left to be done."""
+        self.let_go()
+        self.services.journal.forget(self.record.id, self.record.role)
 
     def let_go(self) -> None:
         """Leave the guest to itself; harmless when that has been done before."""

@@ -19,6 +19,7 @@ from ..interfaces import RELAY, Guest, Role, Settings
 from ..transports.programs import reach
 from ..transports.uri import InBandAddress, bare, parse_uri
 from .move import Move
+from .parting import goes_on, part_late
 from .services import Services
 from .verdicts import ask
 
@@ -56,7 +57,10 @@ class Recovery(Move):
             self._step = await self._source(self.guest)
         else:
             self._step = await self._destination(self.guest)
-        await self.put_back()
+        if self.saved:
+            await self.look()
+            if not goes_on(self):
+                await self.put_back()
 
     async def settle(self, error: QmigdError | None) -> None:
         entry, services, id, role = self._entry, self.services, self.record.id, self.record.role
@@ -65,11 +69,10 @@ class Recovery(Move):
                 services.verdicts.settle(id, False)
             if role == "source" and "file" in entry:
                 discard(entry["file"])
+            self.saved = Settings()
             self._step = f"its QEMU is gone: {error.text}"
         elif error is not None:
             self._step = f"it could not be brought to an end: {error.text}"
-        self.let_go()
-        services.journal.forget(id, role)
         log.warn(
             "migration {id} of guest {guest} was interrupted by the end of an earlier qmigd: "
             "{step}",
@@ -77,6 +80,9 @@ class Recovery(Move):
             guest=entry["guest"],
             step=self._step,
         )
+        if goes_on(self):
+            await part_late(self)
+        self.leave()
 
     async def _source(self, guest: Guest) -> str:
         entry = self._entry

@@ -224,8 +224,7 @@ class Restoring(Filing):
         await self.take_back()
         self._file.close()
         await self.put_back()
-        self.let_go()
-        self.services.journal.forget(self.record.id, "destination")
+        self.leave()
         status = "completed"
         if error is not None:
             status = "cancelled" if isinstance(error, Cancelled) else "failed"

@@ -35,6 +35,7 @@ from ..waiting import in_thread, together
 from ..wire.saved import NO_CHECKSUM, Head, offset_for
 from .filing import Filing, Way, way
 from .move import OVER
+from .parting import finish_late
 from .proposing import Cancelled, check_movable
 from .services import Services
 from .status import Record
@@ -122,7 +123,7 @@ class Saving(Filing):
             self._tell()
         except BaseException:
             self._close()
-            self._leave()
+            self.leave()
             raise
 
     async def carry_out(self) -> None:
@@ -260,7 +261,7 @@ class Saving(Filing):
             await self.put_back()
             if error is None:
                 step = await self._after()
-            self._leave()
+            self.leave()
         status = "completed"
         if error is not None:
             status = "cancelled" if isinstance(error, Cancelled) else "failed"
@@ -291,8 +292,8 @@ class Saving(Filing):
             await self.put_back()
             return step
 
-        await self.finish_late(bring_back)
-        self._leave()
+        await finish_late(self, bring_back)
+        self.leave()
 
     async def _go_on(self) -> str:
         """Let the guest run, if it ran; returns what it does."""
@@ -321,11 +322,6 @@ class Saving(Filing):
         self.cut_stream()
         if self._file is not None:
             self._file.close()
-
-    def _leave(self) -> None:
-        """There is nothing left to be done."""
-        self.let_go()
-        self.services.journal.forget(self.record.id, "source")
 
     def note(self, *, given_up: bool = False) -> None:
         """Put down what a daemon has to know that finds the save interrupted.

@@ -15,6 +15,7 @@ from ..errors import DeadlineError, QmigdError
 from ..handshake.events import Outcome
 from .move import LOOK
 from .ownership import SAID, Act, Peer, Released, on_source_failure
+from .parting import finish_late, goes_on, part_late
 from .paths import SourcePath
 from .proposing import Cancelled, Proposing
 from .verdicts import ask
@@ -68,11 +69,12 @@ class Settling(Proposing):
             self._part(error)
         if self._path is not None:
             self._path.close()
-        if not self._lingers:
+        later = self._lingers or (error is not None and goes_on(self))
+        if not later:
             await self.put_back()
             if error is None and self.services.source_after == "quit":
                 step = await self._quit()
-            self._leave()
+            self.leave()
         await self._end_programs(error)
         status = "completed"
         if error is not None:
@@ -85,23 +87,20 @@ class Settling(Proposing):
                 error=error.text,
             )
         self.record.end(status, step, error)
-        if error is not None and self._lingers:
-            Deferred.fromCoroutine(self._recover_late(error))
+        if error is not None and later:
+            Deferred.fromCoroutine(self._part_late(error))
 
     async def _end_programs(self, error: QmigdError | None) -> None:
         """Leave none of the programs that have carried the connections.
+
+        But for one that carries the stream of a QEMU that goes on.
 
         :param error: gets to say what they have said to it.
         """
         if self.programs is not None:
             if error is not None and not isinstance(error, Cancelled):
                 await self.programs.explain(error)
-            await self.programs.end()
-
-    def _leave(self) -> None:
-        """There is nothing left to be done."""
-        self.let_go()
-        self.services.journal.forget(self.record.id, "source")
+            await self.programs.end(but_handed_over=goes_on(self))
 
     async def _recover(self, error: QmigdError) -> str:
         """After a failure: bring the guest back here; returns what has become of it."""
@@ -117,14 +116,19 @@ class Settling(Proposing):
         log.warn("guest {guest}: {step}", guest=self.record.guest, step=step)
         return step
 
-    async def _recover_late(self, error: QmigdError) -> None:
+    async def _part_late(self, error: QmigdError) -> None:
         async def bring_back() -> str:
             step = await self._bring_back(error)
-            await self.put_back()
+            if not goes_on(self):
+                await self.put_back()
             return step
 
-        await self.finish_late(bring_back)
-        self._leave()
+        if self._lingers:
+            await finish_late(self, bring_back)
+        if goes_on(self):
+            await part_late(self)
+            await self._end_programs(None)
+        self.leave()
 
     async def _bring_back(self, error: QmigdError) -> str:
         """Let the guest run here again, unless it may run there; returns which.
@@ -137,7 +141,7 @@ class Settling(Proposing):
             await self._ask()
         await self._end_qemus_migration(error)
         act = on_source_failure(self._released, self._peer)
-        if act is Act.LEAVE and self.qemu_status.startswith("postcopy"):
+        if act is Act.LEAVE and goes_on(self):
             return (
                 "stopped here; it is the destination's, which may still need RAM that is "
                 "here: do not end this QEMU before the guest there has all of it"

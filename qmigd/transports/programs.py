@@ -124,15 +124,17 @@ class Programs:
         if told:
             error.text = f"{error.text.rstrip('.')}; {told[0].describe()}"
 
-    async def end(self, grace: float = GRACE) -> None:
+    async def end(self, grace: float = GRACE, *, but_handed_over: bool = False) -> None:
         """End all of them.  Returns when nothing is left; harmless when repeated.
 
         :param grace: seconds that they have to end by themselves, their connections being
             closed.
+        :param but_handed_over: those whose connection is QEMU's are left.
         """
-        await self._end(self._programs, grace)
-        self._programs = []
-        if self._shutdown is not None:
+        ending = [one for one in self._programs if not (but_handed_over and one.handed_over)]
+        await self._end(ending, grace)
+        self._programs = [one for one in self._programs if one not in ending]
+        if self._shutdown is not None and not self._programs:
             trigger, self._shutdown = self._shutdown, None
             with contextlib.suppress(ValueError, KeyError):  # the daemon is just being stopped
                 self._reactor.removeSystemEventTrigger(trigger)
