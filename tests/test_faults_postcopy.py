@@ -285,6 +285,19 @@ class LateTests(PairCase):
         pair.destination.wait_running()
         return pair, proxy
 
+    def test_stalled(self) -> None:
+        """A relay whose link stands still is waited for: what it has to bring is nowhere else."""
+        pair, proxy = self.through_proxy("relay", "10.0")
+        proxy.hold(both=True)
+        ask_until(
+            lambda: "'migrate-cancel' gives it up" in pair.entry(pair.here)["step"],
+            lambda: f"the stall to be told: {pair.entry(pair.here)}",
+        )
+        proxy.let_go()
+        pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+        pair.completed()
+        pair.prove_moved()
+
     def test_recovered_by_hand(self) -> None:
         """The stream breaks, and a person has the QEMUs recover: their settings come back then."""
         pair, proxy = self.through_proxy("handover", "10.0")

@@ -18,6 +18,7 @@ from tests.rig.news import ask_until, wait_until
 from tests.rig.pair import NAME, SLOW, Pair, PairCase
 from tests.rig.process import Process, temporary_directory
 from tests.rig.processes import processes_with
+from tests.rig.qmp import QmpError
 
 _QMIGCTL = os.path.join(os.path.dirname(sys.executable), "qmigctl")
 
@@ -259,6 +260,43 @@ class FailureTests(ExecCase):
         wait_until(pair.destination.running, "the guest to arrive")
         ask_until(lambda: not processes_with(str(self.peer)), "the program to end")
         pair.destination.check_ram()
+
+
+class GivenUpTests(ExecCase):
+    """Postcopy whose program does not carry anything any more, and that the user gives up."""
+
+    def test_goes_on(self) -> None:
+        """It is left to the QEMUs, with the program: should that go on, they get to the end."""
+        deadlines = {"peer_deadline": 1.0, "guest_deadline": 1.0}
+        pair = self.exec_pair("10.0", here=deadlines, there=deadlines)
+        slow = {"max-postcopy-bandwidth": 1 << 20}
+        how: dict[str, Any] = {"uri": "exec:", "argv": self.far_end, "tunables": slow}
+        pair.begin("handover", "postcopy", bandwidth=SLOW, **how)
+        pair.postcopy()
+        pair.wait(pair.here, "postcopy-active")
+        pair.destination.wait_running()
+        both = list(processes_with(str(self.peer)))
+        self.assertEqual(len(both), 2)
+        for process in both:
+            os.kill(process, signal.SIGSTOP)
+        with self.assertRaises(QmpError) as refused:
+            pair.cancel()
+        self.assertIn("too late", refused.exception.text)
+        ask_until(
+            lambda: "'migrate-cancel' gives it up" in pair.entry(pair.here)["step"],
+            lambda: f"the stall to be told: {pair.entry(pair.here)}",
+        )
+        pair.cancel()
+        self.assertIn("the user has given it up", pair.failed(pair.here))
+        (left,) = processes_with(str(self.peer))
+        self.assertIn(left, both)
+        os.kill(left, signal.SIGCONT)
+        pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+        pair.source.wait_migration("completed")
+        self.assertEqual(pair.ended(pair.there)["status"], "completed")
+        pair.wait_settings(pair.source)
+        ask_until(lambda: not processes_with(str(self.peer)), "the program to end")
+        pair.prove_moved()
 
 
 class DoorTests(ExecCase):

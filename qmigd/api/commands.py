@@ -334,7 +334,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "The guest goes on running here; one that was being restored is not here. It "
                 "returns once the request was taken; the "
                 "end is seen in `query-migrate` and in the `MIGRATION` event. After postcopy "
-                "has begun it is too late.",
+                "has begun it is too late; but one in which nothing moves any more is given up, "
+                "and left to the two QEMUs.",
                 (_NAMED,),
                 errors=(
                     _NO_GUEST,

@@ -92,6 +92,12 @@ class _Path:
         self._secret = secret
         self._wake = wake
         self._relay: SourceRelay | DestinationRelay | None = None
+        self._held: str | None = None
+
+    @property
+    def broken(self) -> str | None:
+        """Why a relay has no stream any more, also where QEMU is not told; or ``None``."""
+        return self.failure.text if self.failure is not None else self._held
 
     @property
     def busy(self) -> bool:
@@ -153,6 +159,8 @@ class _Path:
             self._fail(PeerGone(f"{name} to the peer broke: {event.reason}"))
         elif isinstance(event, ChannelRefused):
             self._fail(MigrationError(event.reason))
+        elif isinstance(event, ChannelHeld) and event.channel == MAIN:
+            self._held = f"{name}: {event.reason}"
         elif isinstance(event, ChannelEnded):
             self._wake()
 

@@ -81,6 +81,8 @@ class Outgoing(Settling):
         self._tuning = DeferredLock()
         self._bandwidth: int | None = None
         self._over = False
+        self._stands_still = False
+        self._given_up = False
 
     # what the daemon's commands call
 
@@ -116,12 +118,17 @@ class Outgoing(Settling):
     def cancel(self, reason: str) -> None:
         """Ask for the end.
 
-        :raises MigrationError: it is too late: the guest is the destination's.
+        :raises MigrationError: it is too late: the guest is the destination's.  But a postcopy
+            that stands still can be given up: it is left to the two QEMUs.
         """
         if self._released is Released.YES:
-            raise MigrationError(
-                "it is too late to cancel: the guest belongs to the destination already"
-            )
+            if not self._stands_still:
+                raise MigrationError(
+                    "it is too late to cancel: the guest belongs to the destination already"
+                )
+            self._given_up = True
+            self.wake()
+            return
         self.cancelled = reason
         self.services.requests.withdraw(self.record.id, Cancelled(reason))
         self.wake()
@@ -332,14 +339,37 @@ class Outgoing(Settling):
                     "had not arrived is still here: do not end this QEMU"
                 )
             self._raise_if_over()
-            stall = self.services.deadlines.stall
-            if self.stalled_for() > stall and status not in ("pre-switchover",):
-                raise MigrationError(
-                    f"nothing has moved for {stall:g} seconds (QEMU's status: {status})"
-                    f"{'' if self._has_moved() else self._hint()}",
-                    code="deadline",
-                )
+            self._raise_if_stalled(status)
             await self.rest()
+
+    def _raise_if_stalled(self, status: str) -> None:
+        """Give up where nothing moves any more, but for a postcopy that still may."""
+        stall = self.services.deadlines.stall
+        stalled = self.stalled_for() > stall and status != "pre-switchover"
+        nothing = f"nothing has moved for {stall:g} seconds (QEMU's status: {status})"
+        if not status.startswith("postcopy"):
+            if stalled:
+                hint = "" if self._has_moved() else self._hint()
+                raise MigrationError(nothing + hint, code="deadline")
+            return
+        if self._given_up:
+            raise MigrationError(
+                f"{nothing}, and the user has given it up; the guest is the destination's, and "
+                f"RAM that had not arrived is still here: do not end this QEMU"
+            )
+        if stalled and self._path is not None and self._path.broken is not None:
+            raise MigrationError(
+                f"the stream broke in postcopy ({self._path.broken}); the guest is the "
+                f"destination's, and RAM that had not arrived is still here: do not end this QEMU"
+            )
+        if stalled != self._stands_still:
+            self._stands_still = stalled
+            step = "moving RAM"
+            if stalled:
+                # Whoever gave up would lose RAM that is still to come; TCP may wait for longer.
+                step = f"{nothing}; it is waited for, unless 'migrate-cancel' gives it up"
+                log.warn("{migration}: {step}", migration=self.record.name, step=step)
+            self.record.update(step=step)
 
     async def _why(self) -> str:
         reason = await self.reason()
