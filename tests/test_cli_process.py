@@ -224,6 +224,9 @@ class ErrorTests(QmigctlTestCase):
         code, out, err = await self.run_("guests", "--socket", f"unix:{self.directory}/none")
         self.assertEqual((Exit.UNREACHABLE, ""), (code, out))
         self.assertIn(f"qmigctl: There is no socket {self.directory}/none: qmigd does not", err)
+        code, out, err = await self.run_("guests", "--socket", self.directory)
+        self.assertEqual((Exit.UNREACHABLE, ""), (code, out))
+        self.assertIn(f"qmigctl: {self.directory} is no socket", err)
         await self.monitor.stop()
         with socket.socket(socket.AF_UNIX) as left:
             left.bind(self.path)

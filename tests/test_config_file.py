@@ -402,7 +402,7 @@ class BadFileTests(SynchronousTestCase):
             ('listen-group = "daemon"', "for unix sockets, and there is none in listen"),
             ('listen = ["unix:/a"]\nlisten-group = "no such"', "does not exist on this host"),
             ("mptcp = 1", "must be true or false"),
-            ('monitor = "/run/q"', "cannot be used"),
+            ('monitor = "/run/q"', 'must be a unix socket with its whole path, "unix:/'),
             ('monitor = "tcp:localhost:1"', 'must be a unix socket with its whole path, "unix:/'),
             ('monitor = "unix:q.sock"', 'must be a unix socket with its whole path, "unix:/'),
             (f'monitor = "unix:/{"x" * 107}"', "too long"),

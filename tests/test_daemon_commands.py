@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 import uuid
 from typing import Any
 
+from qmigd.cli.options import Exit
 from tests.rig.daemons import free_ports
 from tests.rig.pair import FEATURES, KNOWN, NAME, SLOW, Pair, PairCase, start
 from tests.rig.qemus import require
@@ -396,6 +399,42 @@ class QueryTests(PairCase):
         pair.here.execute("guest-remove", name=NAME)
         error = self.assertRaises(QmpError, pair.begin, "direct")
         self.assertIn("no guest", error.text)
+
+    def test_no_qmp_of_a_guest(self) -> None:
+        """A socket that is not the QMP socket of a guest's QEMU is told from one, at once."""
+        daemon = self.daemon()
+        listen, people = f"{daemon.directory}/peers", f"{daemon.directory}/people"
+        daemon.config["daemon"]["listen"] = [f"unix:{listen}"]
+        daemon.start()
+        monitor = f"socket,id=people,path={people},server=on,wait=off"
+        extra = ("-chardev", monitor, "-mon", "chardev=people,mode=readline")
+        guest = self.guest(require("7.2"), extra=extra).start()
+        for number, (path, words) in enumerate(
+            (
+                (daemon.monitor_path, "is the management socket of a qmigd"),
+                (people, "is a QEMU's monitor for people (HMP)"),
+                (listen, "begins with 'QEMU-MIGRATE"),
+                (guest.directory, "is no socket"),
+            )
+        ):
+            found = daemon.execute("guest-add", name=f"g{number}", qmp=f"unix:{path}")
+            self.assertIn(words, found["reason"])
+        shown = [entry["state"] for entry in daemon.execute("query-guests")]
+        self.assertEqual(shown, ["unreachable"] * 4)
+        for command in ("query-features", "query-tunables"):
+            error = self.assertRaises(QmpError, daemon.execute, command, guest="g0")
+            self.assertIn("is the management socket of a qmigd", error.text)
+        # And the other way round.
+        for path, words in (
+            (guest.qmp_path, f"is the QMP socket of a guest, of QEMU {guest.qemu.version}, and"),
+            (people, "does not greet as qmigd does"),
+        ):
+            script = "from qmigd.cli.main import main; main()"
+            argv = [sys.executable, "-c", script, "--socket", path, "guests"]
+            done = subprocess.run(argv, capture_output=True, check=False, text=True)
+            self.assertEqual(done.returncode, Exit.UNREACHABLE)
+            self.assertIn(words, done.stderr)
+            self.assertIn(path, done.stderr)
 
     def test_configured(self) -> None:
         """A guest of the configuration is not removed at run time."""

@@ -104,11 +104,18 @@ class ClientTests(SynchronousTestCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_not_qmp(self) -> None:
-        """Something else that answers there is told apart from a QEMU."""
-        self.client.dataReceived(b"220 mail.example ESMTP\r\n")
+        """Something else that answers there is told apart from a QEMU, by what it says."""
+        self.client.dataReceived(b"\r\n220 mail.example ESMTP\r\nwelcome\r\n")
         error = self.failureResultOf(self.ready, GuestError).value
-        self.assertIn("does not speak QMP", str(error))
+        self.assertIn("does not speak QMP: it begins with '220 mail.example ESMTP'", str(error))
         self.assertTrue(self.transport.disconnected)
+
+    def test_bytes(self) -> None:
+        """What is no text, and has no line's end, is shown all the same, in part."""
+        self.client.dataReceived(b"\xff\x00" * 100)
+        error = self.failureResultOf(self.ready, GuestError).value
+        self.assertIn(r"it begins with '\xff\x00\xff", str(error))
+        self.assertLess(len(str(error)), 400)
 
     def test_answers(self) -> None:
         """Each command has its own answer, in whatever order they come."""

@@ -29,7 +29,7 @@ from .declare import (
     Type,
 )
 from .schema import schema, structs
-from .where import SOCKET_VARIABLE, default_socket
+from .where import SOCKET_VARIABLE, default_socket, greets_as, package
 
 __all__ = [
     "ANY",
@@ -52,8 +52,10 @@ __all__ = [
     "check_arguments",
     "command",
     "default_socket",
+    "greets_as",
     "mismatch",
     "nearest",
+    "package",
     "schema",
     "structs",
 ]

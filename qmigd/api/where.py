@@ -1,11 +1,12 @@
-"""Where the management socket is."""
+"""Where the management socket is, and who greets there."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["SOCKET_VARIABLE", "default_socket"]
+__all__ = ["SOCKET_VARIABLE", "default_socket", "greets_as", "package"]
 
 #: The environment variable that tells ``qmigctl`` where the daemon listens.
 SOCKET_VARIABLE = "QMIGD_SOCKET"
@@ -22,3 +23,20 @@ def default_socket(environ: Mapping[str, str], uid: int) -> str:
     if uid != 0 and os.path.isabs(runtime):
         return f"unix:{runtime}/qmigd/qmigd.sock"
     return "unix:/run/qmigd/qmigd.sock"
+
+
+def package(version: str) -> str:
+    """Return what qmigd calls itself in its greeting, where a QEMU has its distributor's word."""
+    return f"qmigd {version}"
+
+
+def greets_as(greeting: Mapping[str, Any]) -> str | None:
+    """Return who greets so: ``None`` for a qmigd, else ``"QEMU 10.0.2"``.
+
+    :param greeting: what is in the greeting's ``QMP``, of whomever.
+    """
+    version = greeting.get("version", {})
+    if str(version.get("package", "")).startswith(package("")):
+        return None
+    numbers = version.get("qemu", {})
+    return "QEMU " + ".".join(str(numbers.get(part, "?")) for part in ("major", "minor", "micro"))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import stat
 from typing import Any, NoReturn
 
 from twisted.internet import task
 from twisted.internet.defer import CancelledError, Deferred
 
-from ..api import SOCKET_VARIABLE, default_socket
+from ..api import SOCKET_VARIABLE, default_socket, greets_as
 from ..errors import DeadlineError, GuestError, GuestGone, QmigdError
 from ..qmp.client import QMPRefusal, connect
 from .commands import RUN, Session
@@ -60,10 +61,21 @@ def _unreachable(address: str, error: QmigdError) -> Ending:
         text = f"You may not connect to {path}; run qmigctl as the user that qmigd runs as."
     elif not os.path.lexists(path):
         text = f"There is no socket {path}: qmigd does not run, or listens elsewhere ({other})."
+    elif not stat.S_ISSOCK(os.stat(path).st_mode):
+        text = f"{path} is no socket ({other})."
     elif isinstance(error, GuestGone):
         text = f"Nobody listens on {path}: qmigd has ended, or listens elsewhere ({other})."
     else:
-        text = f"What listens on {path} does not answer as qmigd does."
+        text = f"What listens on {path} does not greet as qmigd does ({other})."
+    return Ending(Exit.UNREACHABLE, "unreachable", text)
+
+
+def _not_qmigd(address: str, who: str) -> Ending:
+    """Return the sentence for somebody else who speaks QMP."""
+    text = (
+        f"{address.removeprefix('unix:')} is the QMP socket of a guest, of {who}, and not qmigd's; "
+        f"'qmigctl guest-add NAME {address}' tells qmigd of it."
+    )
     return Ending(Exit.UNREACHABLE, "unreachable", text)
 
 
@@ -75,6 +87,8 @@ async def _run(reactor: Any, options: argparse.Namespace) -> Exit:
     except GuestError as error:
         raise _unreachable(address, error) from None
     try:
+        if (other := greets_as(client.greeting)) is not None:
+            raise _not_qmigd(address, other)
         return await RUN[options.command](Session(reactor, client, options))
     except QMPRefusal as error:
         raise Ending(Exit.REFUSED, error.code, error.desc) from None

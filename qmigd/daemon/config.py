@@ -180,9 +180,12 @@ def guest_config(name: str, qmp: str) -> GuestConfig:
     """
     try:
         values.guest_name(name)
-        return GuestConfig(name, values.unix_path(qmp))
     except values.BadValue as error:
         raise ArgumentError(f"guest-add: {error}.") from None
+    try:
+        return GuestConfig(name, values.unix_path(qmp))
+    except values.BadValue as error:
+        raise ArgumentError(f"guest-add: 'qmp' {error}.") from None
 
 
 def unknown_names(policy: Policy, features: Iterable[str]) -> list[str]:

@@ -205,8 +205,9 @@ def memory(value: Any) -> MemoryOptions:
 
 def unix_path(value: Any) -> str:
     """The path in ``unix:/path``."""
-    found = address(value)
-    if not isinstance(found, UnixAddress) or not found.path.startswith("/"):
+    # Looked at first: what else an address can be is of no interest here.
+    found = address(value) if text(value).startswith("unix:/") else None
+    if not isinstance(found, UnixAddress):
         raise BadValue(f'must be a unix socket with its whole path, "unix:/...", not "{value}"')
     return found.path
 
@@ -296,6 +297,8 @@ def zero_copy(value: Any) -> str:
 
 def guest_name(name: Any) -> str:
     """A guest's name."""
+    if name == "":
+        raise BadValue("a guest must have a name")
     name = text(name)
     # it becomes part of file names and of lines in the log
     if name in (".", "..") or "/" in name or not name.isprintable() or name != name.strip():

@@ -14,7 +14,7 @@ from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 
 from .. import __version__
-from ..api import COMMANDS, check_arguments, command
+from ..api import COMMANDS, check_arguments, command, package
 from ..errors import ArgumentError
 from ..qmp.descriptors import Descriptors
 from ..qmp.server import QMPServer
@@ -101,7 +101,7 @@ class Monitor:
         self._reactor = reactor
         self._path = path
         self._handlers = {name: _handler(operations, name) for name in COMMANDS}
-        self._server = QMPServer(reactor, self.dispatch, __version__, f"qmigd {__version__}")
+        self._server = QMPServer(reactor, self.dispatch, __version__, package(__version__))
         self._port: IListeningPort | None = None
 
     async def start(self) -> None:

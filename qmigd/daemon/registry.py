@@ -18,7 +18,7 @@ from ..guests.memory.options import moved_away
 from ..guests.qemu import Known, QemuGuest
 from ..interfaces import Guest
 from ..migration.move import OVER
-from ..waiting import with_deadline
+from ..waiting import together, with_deadline
 from .config import GuestConfig
 
 __all__ = ["GuestRegistry"]
@@ -144,7 +144,9 @@ class GuestRegistry:
 
     async def query(self) -> list[dict[str, Any]]:
         """The answer to ``query-guests``."""
-        return [await self._shown(entry) for entry in list(self._entries.values())]
+        # At once: each of those that do not answer takes seconds.
+        looks = [Deferred.fromCoroutine(self._shown(entry)) for entry in self._entries.values()]
+        return await together(looks)
 
     async def _shown(self, entry: _Entry, *, closely: bool = False) -> dict[str, Any]:
         shown: dict[str, Any] = {

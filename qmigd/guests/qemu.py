@@ -18,6 +18,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybe
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from qmigd.api import greets_as
 from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.guests import builds, describe, process, schema
 from qmigd.guests.quirks import CONNECTED_FIRST, POSTCOPY_WITHOUT_PAGES, SEVERAL_CHANNELS
@@ -106,6 +107,7 @@ class QemuGuest:
 
         :raises GuestBusy: somebody else is connected to it, or this object is.
         :raises GuestGone: nobody is there.
+        :raises GuestError: it is somebody who is no QEMU.
         """
         if self._client is not None or self._attaching:
             raise GuestBusy(f"guest {self.name} is already in the hands of another migration")
@@ -114,6 +116,12 @@ class QemuGuest:
             client = await connect(self._reactor, self.qmp, deadline=self._deadline)
         finally:
             self._attaching = False
+        if greets_as(client.greeting) is None:
+            client.close()
+            raise GuestError(
+                f"{self.qmp} is the management socket of a qmigd, and no guest's: name the one "
+                "that the guest's QEMU was started with (-qmp)"
+            )
         self._client = client
         self.told_to_run = False
         client.subscribe(lambda name, data, time: self._tell(name, data))

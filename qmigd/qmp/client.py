@@ -13,7 +13,11 @@ is then unknown.
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from twisted.internet.defer import Deferred, DeferredLock, fail
@@ -73,8 +77,14 @@ _log = Logger()
 
 _TAKEN = (
     "{} accepts connections but does not greet: a QMP socket serves one client at a time,"
-    " and this one already has one; give qmigd a QMP socket of its own (another -qmp option)"
+    " and this one, if it is one, already has one; give qmigd a QMP socket of its own (another"
+    " -qmp option)"
 )
+
+#: How a QEMU's monitor for people begins (monitor_readline_cb in monitor/hmp.c).
+_HMP = re.compile(rb"QEMU \S+ monitor")
+#: Bytes that are shown of what somebody else says.
+_SHOWN = 60
 
 
 class QMPRefusal(GuestError):
@@ -203,6 +213,9 @@ class QMPClient(Protocol):
         self._greeted = Deferred()
 
     def dataReceived(self, data: bytes) -> None:
+        if self._greeted is not None and (first := data.lstrip()) and first[:1] != b"{":
+            self._fail(GuestError(_other(self.address, first)))
+            return
         try:
             messages = self._decoder.feed(data)
         except ProtocolError as error:
@@ -360,6 +373,17 @@ class QMPClient(Protocol):
             mourn(gone)
 
 
+def _other(address: str, said: bytes) -> str:
+    """Return the sentence for somebody who does not greet as QMP does."""
+    if _HMP.match(said):
+        return (
+            f"{address} is a QEMU's monitor for people (HMP), and qmigd needs one that speaks QMP: "
+            "start the QEMU with '-qmp' instead of '-monitor', or '-mon' with 'mode=control'"
+        )
+    line = ascii(said[:_SHOWN].splitlines()[0].decode("latin-1"))
+    return f"what answers on {address} does not speak QMP: it begins with {line}"
+
+
 def _endpoint(reactor: Any, address: str, deadline: float) -> IStreamClientEndpoint:
     kind, _, rest = address.partition(":")
     if kind == "unix" and rest:
@@ -374,7 +398,9 @@ def _endpoint(reactor: Any, address: str, deadline: float) -> IStreamClientEndpo
 def _refusal(address: str, error: Exception) -> GuestGone:
     """Return the sentence for a connection that could not be made."""
     path = address.partition(":")[2]
-    if isinstance(error, ConnectionRefusedError):
+    if address.startswith("unix:") and os.path.exists(path) and not _is_socket(path):
+        why = f"{path} is no socket"
+    elif isinstance(error, ConnectionRefusedError):
         why = "nobody listens there; the QEMU has ended, or was started without -qmp on it"
     elif address.startswith("unix:") and "No such file" in str(error):
         why = f"there is no socket {path}; is the QEMU running, and started with -qmp on it?"
@@ -383,6 +409,12 @@ def _refusal(address: str, error: Exception) -> GuestGone:
     else:
         why = str(getattr(error, "osError", None) or error)
     return GuestGone(f"cannot reach a QEMU on {address}: {why}")
+
+
+def _is_socket(path: str) -> bool:
+    with suppress(OSError):
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    return True  # whatever it is, it was there a moment ago
 
 
 def _queue_is_full(error: Exception) -> bool:
