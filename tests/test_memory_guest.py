@@ -131,7 +131,9 @@ class MoveTests(MemoryCase):
             ("postcopy-ram", "postcopy-preempt"),
             ("postcopy-ram", "postcopy-preempt", "multifd"),
         ):
-            argv = ("-m", "16M", "-dirty-rate", "64M", "-fill", "random", "-pattern", "random")
+            argv = ["-m", "16M", "-dirty-rate", "64M", "-fill", "random", "-pattern", "random"]
+            if "postcopy-preempt" in capabilities:
+                argv.append("-mem-prealloc")  # what has not come is a fault nevertheless
             source, destination = self.pair(*argv)
             self.set(
                 *(source, destination),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import subprocess
 import sys
 import threading
@@ -16,12 +17,16 @@ from numpy.typing import NDArray
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.errors import ArgumentError
+from qmigd.guests.memory.channels import Channel
 from qmigd.guests.memory.contents import PATTERNS, Pattern, fill, first_wrong
 from qmigd.guests.memory.devices import State
 from qmigd.guests.memory.dirty import LogTracker, PagemapTracker, Tracker
 from qmigd.guests.memory.faults import Faults
+from qmigd.guests.memory.gathering import Gathering
+from qmigd.guests.memory.machine import Machine
 from qmigd.guests.memory.options import MemoryOptions, from_table, parse
 from qmigd.guests.memory.ram import PAGE, Ram, runs
+from qmigd.stream.multifd import Packer
 
 _PATTERNS = st.builds(
     Pattern, st.sampled_from(PATTERNS), start=st.integers(0, 40), count=st.integers(1, 60)
@@ -109,6 +114,24 @@ class HoleTests(RamCase):
         self.ram.discard(3, 11)
         self.assertEqual([2], np.flatnonzero(self.ram.present()).tolist())
 
+    def test_allocated(self) -> None:
+        """RAM that was allocated beforehand has no holes, and takes the same pages."""
+        ram = Ram(64 * PAGE, allocated=True)
+        self.addCleanup(ram.close)
+        self.assertTrue(ram.present().all())
+        rows = np.random.default_rng(1).integers(0, 256, (70, PAGE + 8), np.uint8)
+        for one in (ram, self.ram):
+            one.put(3, rows[:60, 8:])
+            one.put(9, rows[64:65, 8:])
+            one.discard(10, 12)
+        self.assertEqual([10, 11], np.flatnonzero(~ram.present()).tolist())
+        wanted = np.zeros((64, PAGE), np.uint8)
+        wanted[3:63] = rows[:60, 8:]
+        wanted[9] = rows[64, 8:]
+        wanted[10:12] = 0
+        for one in (ram, self.ram):
+            self.assertEqual(wanted.tobytes(), one.host.tobytes())
+
     @given(st.sets(st.integers(0, 100)))
     def test_runs(self, pages: set[int]) -> None:
         """Runs are the same pages again, and no two of them touch."""
@@ -145,6 +168,35 @@ class HoleTests(RamCase):
         self.assertEqual(1, len(faults.latencies))
 
 
+class GatheringTests(SynchronousTestCase):
+    def test_received(self) -> None:
+        """What multifd channels bring is in the RAM and known to have come, zero pages as well."""
+        for more in ([], ["-mem-prealloc"]):
+            start = parse(["-m", "1M", "-incoming", "defer", "-qmp", "unix:none", *more])
+            machine = Machine(start, lambda *_: None, lambda: None)
+            self.addCleanup(machine.close)
+            machine.settings.switch([{"capability": "multifd", "state": True}])
+            machine.settings.change({"multifd-channels": 1})
+            machine.ram.host[:] = 1
+            received = np.zeros(machine.ram.pages, np.bool_)
+            gathering = Gathering(machine, received)
+            self.addCleanup(gathering.close)
+            ours, theirs = map(Channel, socket.socketpair())
+            self.addCleanup(ours.close)
+            gathering.take(theirs, 0)
+            packer = Packer(page_size=PAGE)
+            for pages in ([2, 3, 4, 7, 8], list(range(10, 110, 5))):  # few runs, and many
+                places = np.array(pages) * PAGE
+                data = np.full(len(pages) * PAGE, 9, np.uint8).tobytes()
+                ours.send(packer.pages(1, "ram", places, [data], np.array([5, 200]) * PAGE))
+            ours.send([packer.sync(2)])
+            gathering.meet()
+            filled = [2, 3, 4, 7, 8, *range(10, 110, 5)]
+            self.assertEqual(sorted({*filled, 5, 200}), np.flatnonzero(received).tolist())
+            for value, pages in ((9, filled), (0, [5, 200]), (1, [6, 9, 201])):
+                self.assertEqual({value}, set(machine.ram.host[pages].reshape(-1).tolist()))
+
+
 class OptionsTests(SynchronousTestCase):
     def test_table(self) -> None:
         """Sizes are written as people write them."""
@@ -162,6 +214,7 @@ class OptionsTests(SynchronousTestCase):
             ({"dirty-rate": -1}, "dirty-rate cannot be -1"),
             ({"pattern": "randon"}, "did you mean random"),
             ({"fill": 1}, "fill cannot be 1"),
+            ({"prealloc": 1}, "prealloc must be true or false"),
             ({"incoming": "yes"}, "incoming must be true or false"),
             ({"working-set": "2G"}, "cannot be more than the size"),
             ({"ram": 1}, "there is no 'ram'"),
@@ -172,11 +225,14 @@ class OptionsTests(SynchronousTestCase):
     @given(st.integers(256, 1 << 20), st.integers(0, 1 << 40), st.sampled_from(PATTERNS))
     def test_command_line(self, pages: int, rate: int, pattern: str) -> None:
         """A command line says what the options said."""
-        options = MemoryOptions(pages * PAGE, rate, pattern, working_set=5 * PAGE, fill="random")
+        options = MemoryOptions(
+            pages * PAGE, rate, pattern, working_set=5 * PAGE, fill="random", prealloc=rate % 2 == 0
+        )
         argv = options.argv("a guest")[4:]
         start = parse([*argv, "-qmp", "unix:/a,,b,server=on,wait=off"])
         self.assertEqual((options, "a guest", "/a,b"), (start.options, start.name, start.qmp))
-        self.assertEqual(options, MemoryOptions(options.size).with_program(options.program))
+        there = MemoryOptions(options.size, prealloc=options.prealloc)
+        self.assertEqual(options, there.with_program(options.program))
 
     @given(st.integers(0, 1 << 63), st.integers(0, 1 << 63), st.booleans())
     def test_devices(self, ticks: int, written: int, running: bool) -> None:

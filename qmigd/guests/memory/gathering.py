@@ -10,11 +10,13 @@ import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qmigd.errors import StreamError
 from qmigd.guests.memory.channels import Channel, Lost
 from qmigd.guests.memory.ram import PAGE, Pages, runs
 from qmigd.stream import multifd
+from qmigd.stream.records import view_of
 
 if TYPE_CHECKING:
     from qmigd.guests.memory.machine import Machine
@@ -28,9 +30,11 @@ _MEET = 60.0
 class Gathering:
     """All channels of one migration."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, received: NDArray[np.bool_]) -> None:
+        """:param received: which pages have come; kept up to date."""
         self._machine = machine
         self._ram = machine.ram
+        self._received = received
         self._channels: dict[int, Channel] = {}
         self._state = threading.Condition()
         self._arrived = 0  # channels that wait at their SYNC
@@ -88,7 +92,7 @@ class Gathering:
         unpack = None if compression == "none" else multifd.Decompressor(compression)
         blocks = {self._ram.name: self._ram.size}
         head = memoryview(bytearray(1 << 16))
-        space = memoryview(bytearray(multifd.PACKET_SIZE))
+        space = np.empty((multifd.PACKET_SIZE // PAGE, PAGE), np.uint8)
         while True:
             if not channel.receive(head[: multifd.HEAD_SIZE]):
                 if self._closed:
@@ -106,25 +110,38 @@ class Gathering:
             if not len(normal):
                 pass
             elif unpack is None:
-                pages = space[: len(normal) * PAGE]
-                if not channel.receive(pages):
-                    raise Lost("it ended in a page")
-                self._put(normal, pages)
+                self._receive_pages(channel, normal, space)
             else:
                 data = unpack(channel.take(packet.payload), len(normal) * PAGE)
-                self._put(normal, memoryview(data))
+                self._put(normal, np.frombuffer(data, np.uint8).reshape(-1, PAGE))
             if len(packet.zero):
-                for first, end in runs(np.sort((packet.zero // PAGE).astype(np.int64))):
+                zero = (packet.zero // PAGE).astype(np.int64)
+                for first, end in runs(np.sort(zero)):
                     self._ram.discard(first, end)
+                self._received[zero] = True
             if packet.sync:
                 self._wait()
 
-    def _put(self, pages: Pages, data: memoryview) -> None:
+    def _receive_pages(self, channel: Channel, pages: Pages, space: NDArray[np.uint8]) -> None:
+        """Receive pages straight into the RAM, or where that takes longer into ``space`` first."""
+        places = self._ram.places(runs(pages))
+        if places is None:
+            rows = space[: len(pages)]
+            if not channel.receive(view_of(rows)):
+                raise Lost("it ended in a page")
+            self._put(pages, rows)
+            return
+        for place in places:
+            if not channel.receive(place):
+                raise Lost("it ended in a page")
+        self._received[pages] = True
+
+    def _put(self, pages: Pages, data: NDArray[np.uint8]) -> None:
         at = 0
         for first, end in runs(pages):
-            size = (end - first) * PAGE
-            self._ram.put(first, data[at : at + size])
-            at += size
+            self._ram.put(first, data[at : at + end - first])
+            at += end - first
+        self._received[pages] = True
 
     def _wait(self) -> None:
         with self._state:

@@ -23,6 +23,7 @@ __all__ = [
     "Userfaultfd",
     "libc",
     "map_shared",
+    "populate",
     "punch",
     "unmap",
 ]
@@ -35,6 +36,7 @@ libc.mmap.argtypes = [
     *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
     ctypes.c_long,
 ]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 libc.syscall.restype = ctypes.c_long
@@ -66,6 +68,8 @@ _PAGE_IS_WRITTEN = 1 << 1
 _REGION = struct.Struct("=3Q")  # struct page_region
 _REGIONS = 4096
 
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_PUNCH_HOLE = 2
 
@@ -90,6 +94,17 @@ def map_shared(descriptor: int, size: int) -> int:
 def unmap(address: int, size: int) -> None:
     """Undo :func:`map_shared`."""
     libc.munmap(address, size)
+
+
+def populate(address: int, size: int) -> None:
+    """Have the kernel give a range its memory now, and not page by page as it is touched.
+
+    :raises OSError: there is not so much.
+    """
+    if libc.madvise(address, size, _MADV_POPULATE_WRITE):
+        if ctypes.get_errno() == errno.EINVAL:
+            return  # an older kernel: it is touched when it is touched
+        raise _error("madvise")
 
 
 def punch(descriptor: int, offset: int, size: int) -> None:

@@ -65,7 +65,7 @@ class Machine:
     def __init__(self, start: Start, notify: Notify, on_end: Callable[[], None]) -> None:
         """:raises OSError: there is no room for its RAM."""
         self.start = start
-        self.ram = Ram(start.options.size)
+        self.ram = Ram(start.options.size, allocated=start.options.prealloc)
         self.settings = Settings(self._busy, faults=start.incoming is None or can_serve())
         self.on_end = on_end
         self.failed = ""

@@ -55,6 +55,7 @@ class MemoryOptions:
     :ivar working_set: bytes at the end of the RAM that it writes over and over; ``None``: half
         of it.
     :ivar fill: one of :data:`FILLS`.
+    :ivar prealloc: all of its RAM gets its memory when it starts.
     :ivar incoming: it is not started with the daemon: it waits for a guest to come in.
     """
 
@@ -63,6 +64,7 @@ class MemoryOptions:
     pattern: str = PATTERNS[0]
     working_set: int | None = None
     fill: str = FILLS[0]
+    prealloc: bool = False
     incoming: bool = False
 
     @property
@@ -106,6 +108,7 @@ class MemoryOptions:
             ),
             *("-dirty-rate", str(self.dirty_rate), "-pattern", self.pattern),
             *("-working-set", str(self.window), "-fill", self.fill),
+            *(("-mem-prealloc",) if self.prealloc else ()),
         ]
 
 
@@ -159,7 +162,7 @@ def _read(name: str, value: Any) -> Any:
 
 
 _PROGRAM = ("dirty-rate", "pattern", "working-set", "fill")
-_KEYS = ("size", *_PROGRAM, "incoming")
+_KEYS = ("size", *_PROGRAM, "prealloc", "incoming")
 
 
 def _checked(table: Mapping[str, Any], keys: Sequence[str], size: int) -> dict[str, Any]:
@@ -199,6 +202,12 @@ def parse(argv: Sequence[str]) -> Start:
     parser.add_argument("-pattern", default=PATTERNS[0], help=" or ".join(PATTERNS))
     parser.add_argument("-working-set", help="bytes that it writes (default: half of the RAM)")
     parser.add_argument("-fill", default=FILLS[0], help=f"at first: {' or '.join(FILLS)}")
+    parser.add_argument(
+        "-mem-prealloc",
+        dest="prealloc",
+        action="store_true",
+        help="allocate all of its RAM at once",
+    )
     parser.add_argument("-uuid", type=uuid.UUID, help="default: made of the name")
     parser.add_argument("-S", dest="paused", action="store_true", help="do not run by itself")
     parser.add_argument("-incoming", help="'defer', or the URI that the guest comes from")
@@ -206,7 +215,7 @@ def parse(argv: Sequence[str]) -> Start:
     given = parser.parse_args(argv)
     table = {
         name: value
-        for name in ("size", *_PROGRAM)
+        for name in ("size", *_PROGRAM, "prealloc")
         if (value := getattr(given, name.replace("-", "_"))) is not None
     }
     if table["size"].isdigit():  # MiB, as with QEMU

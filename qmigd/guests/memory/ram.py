@@ -14,17 +14,22 @@ import ctypes
 import mmap
 import os
 import threading
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qmigd.guests.memory.kernel import map_shared, punch, unmap
+from qmigd.guests.memory.kernel import map_shared, populate, punch, unmap
+from qmigd.stream.records import view_of
 
 __all__ = ["PAGE", "Pages", "Ram", "runs"]
 
 #: Bytes of a page, of the guest's and of the host's.
 PAGE = mmap.PAGESIZE
+
+#: Pages that are put into one piece, which stays in the CPU's cache, to be written.
+_PIECE = 64
+#: Runs that are received each by itself at the most.
+_PLACES = 8
 
 #: Numbers of pages.
 Pages = NDArray[np.int64]
@@ -43,8 +48,9 @@ class Ram:
 
     name = "ram"
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, allocated: bool = False) -> None:
         """:param size: bytes, a whole number of pages.
+        :param allocated: all of it gets its memory now.
         :raises OSError: the kernel has no room for it.
         """
         self.size = size
@@ -55,6 +61,10 @@ class Ram:
         self.host = np.frombuffer(self._mapping, np.uint8).reshape(self.pages, PAGE)
         self.bytes = memoryview(self._mapping)
         self.address = map_shared(self.descriptor, size)
+        self._allocated = allocated
+        if allocated:
+            for address in (self.host.ctypes.data, self.address):
+                populate(address, size)
         self.log: NDArray[np.bool_] | None = None
         self._log_lock = threading.Lock()
 
@@ -103,15 +113,33 @@ class Ram:
             found[start // PAGE : -(-end // PAGE)] = True
         return found
 
-    def put(self, first: int, data: Any) -> None:
-        """Fill whole pages from ``first`` on, by write(): a hole costs half of what a fault would.
+    def put(self, first: int, data: NDArray[np.uint8]) -> None:
+        """Fill whole pages from ``first`` on.
 
+        :param data: a row for each.
         :raises OSError: there is no memory left.
         """
-        left, offset = memoryview(data).cast("B"), first * PAGE
-        while left:
-            count = os.pwrite(self.descriptor, left, offset)
-            left, offset = left[count:], offset + count
+        if self._allocated:
+            whole = np.dtype(("V", PAGE))  # one item each: twice as fast as rows of bytes
+            self.host[first : first + len(data)].view(whole)[:] = data.view(whole)
+            return
+        # By write(): a hole costs half of what a fault would.
+        for at in range(0, len(data), _PIECE):
+            piece = np.ascontiguousarray(data[at : at + _PIECE])
+            left, offset = view_of(piece), (first + at) * PAGE
+            while left:
+                count = os.pwrite(self.descriptor, left, offset)
+                left, offset = left[count:], offset + count
+
+    def places(self, runs: list[tuple[int, int]]) -> list[memoryview] | None:
+        """Return where in memory these runs are, to be filled without a copy.
+
+        ``None`` where :meth:`put` takes less time: the memory would come by faults, or there are
+        many short runs.
+        """
+        if not self._allocated or len(runs) > _PLACES:
+            return None
+        return [self.bytes[first * PAGE : end * PAGE] for first, end in runs]
 
     def discard(self, first: int, end: int) -> None:
         """Make holes of pages."""

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Receiver", "Torn"]
 
 #: Bytes that are received at one time: no more than the CPU's cache has room for.
-_RECEIVE = 1 << 20
-
+_RECEIVE = 512 << 10
 
 #: The same in postcopy.
 _POSTCOPY = 128 << 10
@@ -55,7 +54,6 @@ class Receiver:
         self._main: Channel | None = None
         self._speaks = False  # whether there is a return path
         self._saying = threading.Lock()
-        self._space = np.empty((_RECEIVE // PAGE, PAGE), np.uint8)
         self._device = bytearray()
         self._name = ""
         self._described = False
@@ -63,7 +61,7 @@ class Receiver:
         self._received = np.zeros(machine.ram.pages, np.bool_)
         self._faults: Faults | None = None
         self._overtaken = threading.Event()  # nothing more comes over the preempt channel
-        self._gathering = Gathering(machine)
+        self._gathering = Gathering(machine, self._received)
         self._reader = Reader(sizes={(DEVICE, 0): SIZE})
 
     @property
@@ -180,12 +178,8 @@ class Receiver:
             return
         at = 0
         for first, end in runs(pages):
-            while first < end:
-                count = min(end - first, len(self._space))
-                # In one piece, in the CPU's cache.
-                self._space[:count] = data[at : at + count]
-                self._ram.put(first, self._space[:count])
-                first, at = first + count, at + count
+            self._ram.put(first, data[at : at + end - first])
+            at += end - first
         self._received[pages] = True
 
     def _put_zeros(self, offsets: NDArray[np.uint64], fill: int) -> None:
@@ -216,6 +210,8 @@ class Receiver:
                 self._discard(data)
             case CommandNumber.POSTCOPY_LISTEN:
                 self._gathering.close()
+                for first, end in runs(np.flatnonzero(~self._received)):
+                    self._ram.discard(first, end)  # it may have been allocated beforehand
                 self._faults = Faults(self._ram, self._received, self._ask)
             case CommandNumber.POSTCOPY_RUN:
                 self._postcopy = True
