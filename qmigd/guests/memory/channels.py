@@ -161,13 +161,18 @@ class Channel:
         :raises Lost: the connection broke, or ended within.
         """
         at = 0
-        while at < len(into):
-            count = self.receive_some(into[at:])
-            if not count:
-                if not at:
-                    return False
-                raise Lost("the other side closed the connection")
-            at += count
+        try:
+            while at < len(into):
+                # In one call, without the interpreter's lock, however many segments it takes.
+                count = self.sock.recv_into(into[at:], 0, socket.MSG_WAITALL)
+                self.received += count
+                if not count:
+                    if not at:
+                        return False
+                    raise Lost("the other side closed the connection")
+                at += count
+        except OSError as error:
+            raise Lost(error.strerror or str(error)) from None
         return True
 
     def take(self, count: int) -> bytes:

@@ -23,8 +23,11 @@ from qmigd.stream.writer import section_end, section_start
 
 __all__ = ["BATCH", "RAM_SECTION", "MainSender", "Sender", "split_zeros"]
 
-#: Pages that are sent at once at the most: what they are copied into stays in the CPU's cache.
-BATCH = 128
+#: Pages that are looked at and handed on at once at the most: what Python does for each such
+#: batch is to take little time beside the sending of its pages.
+BATCH = 512
+#: Pages that are copied and sent at once: what they are copied into stays in the CPU's cache.
+_COPIED = 128
 #: Pages in one section of RAM; between two of them a command can stand.
 _SECTION = 4096
 #: The section's id.
@@ -89,7 +92,7 @@ class MainSender:
         self._pace = pace
         self._interrupted = interrupted
         self._records = RamWriter(PAGE)
-        self._space = np.empty(BATCH * (PAGE + 8), np.uint8)
+        self._space = np.empty(_COPIED * (PAGE + 8), np.uint8)
         self._kind = SectionType.PART
         self._open = 0  # pages in the section that is open
         self._inside = False
@@ -106,12 +109,14 @@ class MainSender:
         parts: list[Any] = self.enter()
         if len(zeros):
             parts += self._records.zeros(self._ram.name, zeros * PAGE)
-        if len(normal):
-            parts += self._records.pages_of(
-                self._ram.name, normal * PAGE, self._ram.host, out=self._space
-            )
-        then = time.monotonic()
-        count = self._channel.send(parts)
+        then, count = time.monotonic(), 0
+        for at in range(0, len(normal), _COPIED):
+            places = normal[at : at + _COPIED] * PAGE
+            parts += self._records.pages_of(self._ram.name, places, self._ram.host, out=self._space)
+            count += self._channel.send(parts)
+            parts = []
+        if parts:
+            count += self._channel.send(parts)
         self.rate.sent(count, time.monotonic() - then)
         self._pace.spend(count)
         progress = self._progress

@@ -11,7 +11,7 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ from qmigd.transports.zero_copy import MSG_ZEROCOPY, completions, enable
 
 __all__ = ["MultifdSender", "ZeroCopy"]
 
-#: Batches that may wait for each channel: enough that none has to wait for the next.
-_AHEAD = 2
+#: Batches that may wait for each channel, so that none has to wait for the next.
+_AHEAD = 1
 #: Seconds between two looks at what the kernel has completed.
 _LOOK = 0.0005
 
@@ -192,14 +192,14 @@ class MultifdSender:
                 return
             try:
                 if self._failure is None:
-                    self._packet(channel, packer, zero_copy, pages, present)
+                    self._packets(channel, packer, zero_copy, pages, present)
             except (Lost, OSError, ValueError) as error:
                 self._failure = error if isinstance(error, Lost) else Lost(str(error))
             with self._state:
                 self._waiting -= 1
                 self._state.notify_all()
 
-    def _packet(
+    def _packets(
         self,
         channel: Channel,
         packer: Packer,
@@ -207,20 +207,24 @@ class MultifdSender:
         pages: Pages,
         present: NDArray[np.bool_] | None,
     ) -> None:
+        """Send a batch."""
         normal, zeros = split_zeros(self._ram, pages, present)
-        places = normal * PAGE
-        with self._counting:
-            self._numbers += 1
-            number = self._numbers
         before = channel.sent
-        head, *data = packer.pages(
-            number, self._ram.name, places, runs(self._ram.bytes, places, PAGE), zeros * PAGE
-        )
-        if zero_copy is not None and data:
-            channel.send([head])
-            zero_copy.send(data)
-        else:
-            channel.send([head, *data])
+        parts: list[Any] = []
+        for some, empty in _split(normal * PAGE, zeros * PAGE, packer.room):
+            with self._counting:
+                self._numbers += 1
+                number = self._numbers
+            data = runs(self._ram.bytes, some, PAGE)
+            packet = packer.pages(number, self._ram.name, some, data, empty)
+            if zero_copy is None:
+                parts += packet
+                continue
+            channel.send(packet[:1])
+            if len(packet) > 1:
+                zero_copy.send(packet[1:])
+        if parts:
+            channel.send(parts)
         count = channel.sent - before
         self._pace.spend(count)
         with self._counting:
@@ -233,3 +237,12 @@ class MultifdSender:
             if zero_copy is not None:
                 progress.copied += zero_copy.missed
                 zero_copy.missed = 0
+
+
+def _split(normal: Pages, zeros: Pages, room: int) -> Iterator[tuple[Pages, Pages]]:
+    """Yield what goes into each packet of a batch: some of the one and some of the other."""
+    while len(normal) or len(zeros):
+        some, normal = normal[:room], normal[room:]
+        left = room - len(some)
+        empty, zeros = zeros[:left], zeros[left:]
+        yield some, empty
