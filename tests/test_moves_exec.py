@@ -249,6 +249,39 @@ class FailureTests(ExecCase):
             pair.source.wait_running()
             pair.source.check_ram()
 
+    def test_left_behind(self) -> None:
+        """What does not end by itself when its daemon is killed, the next one ends.
+
+        But for what carries a stream that QEMU goes on with: that ends with the migration.
+        """
+        pair = self.exec_pair("10.0")
+        word = f"98769.{os.getpid()}"
+        script = f"trap '' TERM; {shlex.join(self.far_end)}; sleep {word}; :"
+        slow = {"max-postcopy-bandwidth": 1 << 20}
+        how: dict[str, Any] = {"uri": f"exec:{script}", "tunables": slow}
+        pair.begin("handover", "postcopy", bandwidth=SLOW, **how)
+        pair.postcopy()
+        pair.wait(pair.here, "postcopy-active")
+        pair.destination.wait_running()
+        both = processes_with(f"{self.peer}; sleep {word}")
+        self.assertEqual(len(both), 2)
+        pair.here.kill()
+        sleeping = ask_until(
+            lambda: processes_with(f"sleep {word}").keys() - both.keys(), "one to sleep"
+        )
+        self.assertEqual(len(sleeping), 1)
+        pair.here.start()
+        ask_until(
+            lambda: len(processes_with(word)) == 1,
+            lambda: f"one of them to end: {processes_with(word)}",
+        )
+        pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+        pair.source.wait_migration("completed")
+        self.assertEqual(pair.ended(pair.there)["status"], "completed")
+        pair.wait_settings(pair.source)
+        ask_until(lambda: not processes_with(word), "the last of them to end")
+        pair.prove_moved()
+
     def test_handed_over(self) -> None:
         """A program whose connection is QEMU's goes on without the daemon, as QEMU does."""
         pair = self.exec_pair("7.2")

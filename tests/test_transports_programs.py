@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import Any, cast
 
 from twisted.internet import reactor
@@ -15,6 +16,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 
 from qmigd.errors import FeatureError, MigrationError, PeerGone, QmigdError
+from qmigd.transports.leftovers import Leftovers
 from qmigd.transports.programs import Programs
 from qmigd.transports.sockets import detach
 from tests.rig.processes import processes_with
@@ -35,8 +37,15 @@ class Collector(Protocol):
 
 
 class ProgramsTests(TestCase):
+    def setUp(self) -> None:
+        self.directory = Path(self.mktemp())
+        self.leftovers = Leftovers(reactor, self.directory)
+        # What has ended is forgotten.
+        self.addCleanup(lambda: self.assertEqual(os.listdir(self.directory), []))
+
     def programs(self, script: str) -> Programs:
-        made = Programs(reactor, ("/bin/sh", "-c", script), f"exec:{script}", "a migration")
+        argv = ("/bin/sh", "-c", script)
+        made = Programs(reactor, argv, f"exec:{script}", "a migration", self.leftovers)
         self.addCleanup(lambda: Deferred.fromCoroutine(made.end(0.0)))
         return made
 
@@ -70,7 +79,8 @@ class ProgramsTests(TestCase):
 
     async def test_cannot_start(self) -> None:
         """What cannot be started is a connection that cannot be made."""
-        programs = Programs(reactor, ("/etc/passwd",), "exec:", "a migration")
+        argv = ("/etc/passwd",)
+        programs = Programs(reactor, argv, "exec:", "a migration", self.leftovers)
         with self.assertRaisesRegex(ConnectError, "'/etc/passwd' cannot be started: Permission"):
             await self.connect(programs)
 

@@ -42,6 +42,7 @@ from ..migration.verdicts import Verdicts
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.descriptors import ChannelRequests
+from ..transports.leftovers import Leftovers
 from ..transports.mptcp import is_available
 from ..transports.ports import PortRange
 from ..transports.uri import Door, InBandAddress, bare
@@ -136,6 +137,7 @@ class QmigdService(Service):
             self._lock = _locked(state / "lock")
             host = _host(config, run_dir)
             journal = FileJournal(_private(state / "migrations"))
+            leftovers = Leftovers(reactor, _private(state / "programs"))
             self._guests = GuestRegistry(reactor, config.guests, state, daemon.guest_deadline)
         except OSError as error:
             raise SystemExit(
@@ -162,6 +164,7 @@ class QmigdService(Service):
             deadlines=Deadlines(
                 daemon.handshake_deadline, daemon.peer_deadline, daemon.guest_deadline
             ),
+            leftovers=leftovers,
             source_after=config.source_after,
             security=_security(config, credentials),
         )
@@ -197,6 +200,7 @@ class QmigdService(Service):
                 # The guests are reserved at once; QEMU may still take its time.
                 interrupted = Recovery(self._services, migration, role, entry)
                 Deferred.fromCoroutine(interrupted.begin())
+            self._services.leftovers.start()
             self._movers.start()
             Deferred.fromCoroutine(self._guests.start_guests())
             for uri in self._config.daemon.listen:
@@ -275,6 +279,7 @@ class QmigdService(Service):
     def stopService(self) -> Deferred[Any]:
         """Close the doors.  QEMUs go on; relays end with this process, and so do saves."""
         super().stopService()
+        self._services.leftovers.stop()
         closing = [Deferred.fromCoroutine(self._commands.stop())]
         closing += [Deferred.fromCoroutine(self._monitor.stop()), self._movers.stop()]
         closing += [_deferred(port.stopListening()) for port in self._ports]

@@ -128,7 +128,10 @@ class Proposing(Move):
         self.in_band = isinstance(uri, InBandAddress)
         place = bare(uri)
         self.uri, self.programs = reach(
-            services.reactor, services.bound(place, record.id, record.guest), record.name
+            services.reactor,
+            services.bound(place, record.id, record.guest),
+            record.name,
+            services.leftovers,
         )
         self.reached: Reachable = self.uri
         self.transport = str(place).partition(":")[0]

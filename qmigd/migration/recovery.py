@@ -83,6 +83,7 @@ class Recovery(Move):
         if goes_on(self):
             await part_late(self)
         self.leave()
+        await services.leftovers.end_for(self.record.name)
 
     async def _source(self, guest: Guest) -> str:
         entry = self._entry
@@ -115,7 +116,7 @@ class Recovery(Move):
         peer = services.bound(bare(uri), self.record.id, entry["guest"])
         hostname = entry.get("tls-hostname")
         tls = services.security.calling(hostname) if hostname else None
-        reached, programs = reach(services.reactor, peer, self.record.name)
+        reached, programs = reach(services.reactor, peer, self.record.name, services.leftovers)
         end = self.now() + services.deadlines.ask
         try:
             while self.now() < end:

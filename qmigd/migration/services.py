@@ -12,6 +12,7 @@ from ..interfaces import Guest, GuestFacts, Host, IFeature
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.descriptors import ChannelRequests
+from ..transports.leftovers import Leftovers
 from ..transports.ports import PortRange
 from ..transports.uri import FdAddress, Place
 from .security import Security
@@ -120,6 +121,7 @@ class Services:
     :ivar requests: asks the management app for connections, where it makes them.
     :ivar ports: what the destination offers for ``direct``; ``None``: nothing.
     :ivar run_dir: where the relay's unix sockets live; only this user can look inside.
+    :ivar leftovers: the programs of ``exec:`` that an earlier life of the daemon has left.
     """
 
     reactor: Any
@@ -137,6 +139,7 @@ class Services:
     ports: PortRange | None
     run_dir: Path
     deadlines: Deadlines
+    leftovers: Leftovers
     source_after: str = "keep"
     security: Security = field(default_factory=Security)
 

@@ -11,7 +11,8 @@ a password, and every group is ended with the migration that it was started for:
     SIGKILL              to whatever is left of the group
 
 A leader that has ended is not reaped before that: as long as it is a zombie, no other
-group can have its number.
+group can have its number.  What a daemon that was killed has left is ended by the next one
+(:mod:`qmigd.transports.leftovers`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from zope.interface import implementer
 
 from qmigd.errors import DeadlineError, MigrationError, PeerGone, QmigdError
 
+from .leftovers import TERMINATION, Leftovers, Note
 from .uri import ExecAddress, Place, Reachable
 
 __all__ = ["Programs", "reach"]
@@ -50,8 +52,6 @@ log = Logger()
 #: Seconds that a program has to end once its connection is closed: more than the control
 #: connection keeps its half open for a peer that was refused.
 GRACE = 3.0
-#: Seconds that it has to end after SIGTERM.
-TERMINATION = 1.0
 #: Seconds between two looks at what was killed, and after which it is but a zombie that
 #: whoever has adopted it does not care for.
 _LOOK, _DYING = 0.01, 0.2
@@ -68,13 +68,15 @@ _LINES = 3
 _PIPE = 65536
 
 
-def reach(reactor: Any, address: Place, owner: str) -> tuple[Reachable, Programs | None]:
+def reach(
+    reactor: Any, address: Place, owner: str, leftovers: Leftovers
+) -> tuple[Reachable, Programs | None]:
     """Return what connects to an address, and the programs that it takes for that.
 
     :param owner: which migration it is for, in the log.
     """
     if isinstance(address, ExecAddress):
-        programs = Programs(reactor, address.argv, str(address), owner)
+        programs = Programs(reactor, address.argv, str(address), owner, leftovers)
         return programs, programs
     return address, None
 
@@ -82,12 +84,21 @@ def reach(reactor: Any, address: Place, owner: str) -> tuple[Reachable, Programs
 class Programs:
     """The programs of one migration: all run the same command, each for one connection."""
 
-    def __init__(self, reactor: Any, argv: tuple[str, ...], uri: str, owner: str) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        argv: tuple[str, ...],
+        uri: str,
+        owner: str,
+        leftovers: Leftovers,
+    ) -> None:
         """
         :param argv: the program and its arguments.
         :param uri: what stands for them in texts for people.
         :param owner: which migration it is, for the log.
+        :param leftovers: gets to know each, should this daemon be killed.
         """
+        self._leftovers = leftovers
         self._reactor = reactor
         self._argv = argv
         self._uri = uri
@@ -171,8 +182,14 @@ class Programs:
         """:raises OSError: it cannot be started."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
+            connection = os.fstat(ours.fileno()).st_ino
+            note = self._leftovers.note(connection, self._owner)
             self._programs.append(
-                _Program(self._reactor, self._argv, theirs, ours, self._owner, self._news)
+                _Program(
+                    *(self._reactor, self._argv, theirs, connection, self._owner),
+                    on_end=self._news,
+                    note=note,
+                )
             )
             if self._shutdown is None:
                 self._shutdown = self._reactor.addSystemEventTrigger(
@@ -231,17 +248,20 @@ class _Program:
         reactor: Any,
         argv: tuple[str, ...],
         theirs: socket.socket,
-        ours: socket.socket,
+        connection: int,
         owner: str,
+        *,
         on_end: Callable[[], None],
+        note: Note,
     ) -> None:
         """:raises OSError: it cannot be started."""
-        self.connection = os.fstat(ours.fileno()).st_ino
+        self.connection = connection
         self.handed_over = False
         self.ended = False
         self._argv = argv
         self._owner = owner
         self._on_end = on_end
+        self._note = note
         self._outcome: tuple[int, int] | None = None
         self._told_to_end = False
         self._lines: deque[str] = deque(maxlen=_LINES)
@@ -254,18 +274,22 @@ class _Program:
                 stdout=theirs.fileno(),
                 stderr=writing,
                 start_new_session=True,
+                env={**os.environ, **note.environment},
             )
         except BaseException:
             os.close(reading)
+            note.forget()
             raise
         finally:
             os.close(writing)
         try:
+            note.started(self._child.pid)
             pidfd = os.pidfd_open(self._child.pid)
         except OSError:
             os.close(reading)
             self._child.kill()
             self._child.wait()
+            note.forget()
             raise
         os.set_blocking(reading, False)
         self._errors = _Readable(reactor, reading, self._read)
@@ -345,6 +369,7 @@ class _Program:
         """Kill what is left of its group, and reap it; harmless when repeated."""
         self.signal(signal.SIGKILL)
         self._child.wait()  # it was killed: this takes no time
+        self._note.forget()
         self._end.close()
         self._errors.close()
 
