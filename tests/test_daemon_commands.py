@@ -132,6 +132,24 @@ class RefusalTests(PairCase):
                 self.assertIn("SSH", pair.failed(pair.here))
         self.check_nothing_moved(pair)
 
+    def test_peer_cancels(self) -> None:
+        """One who ends it because its user wants that has cancelled it; it did not fail."""
+        pair = self.small().start()
+        self.check_said(pair, "cancelled", b"\0\1\0\0\0\x10\x09cancelledenough", "enough")
+        self.check_said(pair, "failed", b"\0\1\0\0\0\x0c\x04fullno room", "no room")
+        # What is no message at all, right behind a good greeting.
+        self.check_said(pair, "failed", b"\xff" * 6, "message")
+        self.check_nothing_moved(pair)
+
+    def check_said(self, pair: Pair, status: str, said: bytes, words: str) -> None:
+        """Begin a move to one who says that right behind its greeting."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            pair.begin("relay", uri=f"tcp:127.0.0.1:{listener.getsockname()[1]}")
+            with listener.accept()[0] as connection:
+                connection.sendall(b"QEMU-MIGRATE\1\1\0\0\0\1\7multifd" + said)
+                event = pair.wait(pair.here, status)
+        self.assertIn(words, event.data["error"]["desc"])
+
     def test_guest_not_there(self) -> None:
         """A destination that does not know the guest says which ones it knows."""
         pair = self.small()

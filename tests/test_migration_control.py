@@ -94,6 +94,16 @@ class WaitingTests(SynchronousTestCase):
         error = self.failureResultOf(waiting, RemoteError).value
         self.assertEqual((error.code, error.text), ("feature", "I would rather not."))
 
+    def test_error_right_behind(self) -> None:
+        """What the peer said before its ERROR is not acted on, if both have come at once."""
+        self.ends.replied()
+        self.successResultOf(self.ends.wait(Selected))
+        waiting = self.ends.wait(GuestDescribed)
+        self.ends.source.guest({})
+        self.ends.source.error("feature", "I would rather not.")
+        self.ends.exchange()
+        self.failureResultOf(waiting, RemoteError)
+
     def test_violation(self) -> None:
         """The peer gets an ERROR with a text; who waits gets the same."""
         waiting = self.ends.wait(Selected)

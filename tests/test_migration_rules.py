@@ -197,7 +197,7 @@ class RecordTests(SynchronousTestCase):
         record = self.record()
         record.update(status="active")
         record.update(status="active")
-        record.end("failed", "not moved", MigrationError("a reason"))
+        record.end("not moved", MigrationError("a reason"))
         record.update(status="active")
         self.assertEqual(
             [(name, data["status"]) for name, data in self.events],
@@ -216,7 +216,7 @@ class RecordTests(SynchronousTestCase):
     def test_unlisted_record_is_silent(self) -> None:
         """A connection that never came to name a guest is no migration."""
         record = self.records.new("x", "", "destination", "tcp:a:1")
-        record.end("failed", "nothing")
+        record.end("nothing")
         self.assertEqual((self.events, list(self.records)), ([], []))
 
     def test_same_id_twice(self) -> None:
@@ -227,7 +227,7 @@ class RecordTests(SynchronousTestCase):
         """Old ended ones make room; running ones stay."""
         running = self.record("running")
         for number in range(status.REMEMBERED + 10):
-            self.record(str(number)).end("completed", "moved")
+            self.record(str(number)).end("moved")
         ids = [record.id for record in self.records]
         self.assertEqual(len(ids), status.REMEMBERED + 1)
         self.assertIs(next(iter(self.records)), running)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -100,8 +100,7 @@ class Control(Protocol):
             return
         self.silent = False
         self._heard = self._clock.seconds()
-        for event in self.bytes.receive(data):
-            self._take(event)
+        self._take_all(self.bytes.receive(data))
         if self._detached or self._lingering is not None:
             return
         self.flush()
@@ -115,16 +114,14 @@ class Control(Protocol):
         if self._lingering is not None and self._lingering.active():
             self._lingering.cancel()
         if not self._detached:
-            for event in self.bytes.eof():
-                self._take(event)
+            self._take_all(self.bytes.eof())
             self._error_said = True
             self._fail(PeerGone("the peer closed the connection"))
 
     def readConnectionLost(self) -> None:
         """The peer has no more to say, but may still read why that was not enough."""
         if self._lingering is None:
-            for event in self.bytes.eof():
-                self._take(event)
+            self._take_all(self.bytes.eof())
             self.flush()
         self.close()
 
@@ -162,7 +159,8 @@ class Control(Protocol):
         if not self._events and self.failure is None:
             self._waiter = Deferred()
             await with_deadline(self._clock, self._waiter, deadline, what)
-        if self._events:
+        # A peer that has gone may have said all before; what comes before an ERROR leads nowhere.
+        if self._events and (self.failure is None or isinstance(self.failure, PeerGone)):
             event = self._events.popleft()
             if isinstance(event, kinds):
                 return event
@@ -273,6 +271,13 @@ class Control(Protocol):
         if self._heartbeats is not None and self._heartbeats.running:
             self._heartbeats.stop()
 
+    def _take_all(self, events: Iterable[Event]) -> None:
+        """Take all that has come at once, before anybody who waits acts on any of it."""
+        for event in events:
+            self._take(event)
+        if self._events:
+            self._wake()
+
     def _take(self, event: Event) -> None:
         if isinstance(event, Heartbeat):
             return
@@ -287,7 +292,6 @@ class Control(Protocol):
             self._listener(event)
             return
         self._events.append(event)
-        self._wake()
 
     def _fail(self, error: QmigdError) -> None:
         if self.failure is not None:

@@ -234,7 +234,7 @@ class Incoming(Answering):
         if not (lingers or later):
             await self._leave()
         if error is None:
-            self.record.end("completed", "arrived")
+            self.record.end("arrived")
             return
         log.warn(
             "incoming migration {id} of guest {guest} failed: {error}",
@@ -242,8 +242,7 @@ class Incoming(Answering):
             guest=self.record.guest or "?",
             error=error.text,
         )
-        status = "cancelled" if error.code == "cancelled" else "failed"
-        self.record.end(status, "runs here" if self._ran else "not here", error)
+        self.record.end("runs here" if self._ran else "not here", error)
         if lingers:
             Deferred.fromCoroutine(self._end_late())
         elif later:

@@ -147,7 +147,7 @@ class LegacyIncoming(Move):
                 "guest {guest} has arrived from {peer}", guest=self._name, peer=self.record.peer
             )
             self.record.owner = "destination"
-            self.record.end("completed", "arrived")
+            self.record.end("arrived")
             return
         log.warn(
             "a plain stream for guest {guest} from {peer} {ended}: {error}",
@@ -156,7 +156,7 @@ class LegacyIncoming(Move):
             ended="failed" if self._receiving else "was refused",
             error=error.text,
         )
-        self.record.end("failed", "not here", error)
+        self.record.end("not here", error)
 
     async def _recover(self) -> None:
         """After a failure: end a QEMU that is of no use any more, and no other."""

@@ -38,7 +38,6 @@ from ..transports.sockets import set_send_buffer
 from . import preflight
 from .filing import Filing, way
 from .move import OVER
-from .proposing import Cancelled
 from .services import Services
 from .status import Record
 
@@ -225,9 +224,7 @@ class Restoring(Filing):
         self._file.close()
         await self.put_back()
         self.leave()
-        status = "completed"
         if error is not None:
-            status = "cancelled" if isinstance(error, Cancelled) else "failed"
             log.warn(
                 "guest {guest} was not restored from {path}: {error}; {step}",
                 guest=self.record.guest,
@@ -235,7 +232,7 @@ class Restoring(Filing):
                 error=error.text,
                 step=step,
             )
-        self.record.end(status, step, error)
+        self.record.end(step, error)
 
     async def _give_up(self) -> str:
         """After a failure: nothing of it may run here; returns what has become of the QEMU."""

@@ -36,7 +36,7 @@ from ..wire.saved import NO_CHECKSUM, Head, offset_for
 from .filing import Filing, Way, way
 from .move import OVER
 from .parting import finish_late
-from .proposing import Cancelled, check_movable
+from .proposing import check_movable
 from .services import Services
 from .status import Record
 
@@ -262,9 +262,7 @@ class Saving(Filing):
             if error is None:
                 step = await self._after()
             self.leave()
-        status = "completed"
         if error is not None:
-            status = "cancelled" if isinstance(error, Cancelled) else "failed"
             log.warn(
                 "guest {guest} was not saved to {path}: {error}; {step}",
                 guest=self.record.guest,
@@ -272,7 +270,7 @@ class Saving(Filing):
                 error=error.text,
                 step=step,
             )
-        self.record.end(status, step, error)
+        self.record.end(step, error)
         if lingers:
             Deferred.fromCoroutine(self._bring_back_late())
 

@@ -18,6 +18,7 @@ from .ownership import SAID, Act, Peer, Released, on_source_failure
 from .parting import finish_late, goes_on, part_late
 from .paths import SourcePath
 from .proposing import Cancelled, Proposing
+from .status import outcome
 from .verdicts import ask
 
 __all__ = ["Settling"]
@@ -76,17 +77,15 @@ class Settling(Proposing):
                 step = await self._quit()
             self.leave()
         await self._end_programs(error)
-        status = "completed"
         if error is not None:
-            status = "cancelled" if isinstance(error, Cancelled) else "failed"
             log.warn(
                 "migration {id} of guest {guest} {status}: {error}",
                 id=self.record.id,
                 guest=self.record.guest,
-                status=status,
+                status=outcome(error),
                 error=error.text,
             )
-        self.record.end(status, step, error)
+        self.record.end(step, error)
         if error is not None and later:
             Deferred.fromCoroutine(self._part_late(error))
 

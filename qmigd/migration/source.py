@@ -469,7 +469,11 @@ class Outgoing(Settling):
 
 def _from_outcome(outcome: Outcome) -> QmigdError:
     error = outcome.body.get("error", {})
-    text = error.get("desc", "no reason given") if isinstance(error, dict) else str(error)
+    if not isinstance(error, dict):
+        return MigrationError(f"the destination failed: {error}")
+    text = error.get("desc", "no reason given")
+    if error.get("class") == Cancelled.code:
+        return MigrationError(f"the destination has cancelled it: {text}", code=Cancelled.code)
     return MigrationError(f"the destination failed: {text}")
 
 

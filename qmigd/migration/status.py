@@ -11,10 +11,13 @@ from ..errors import MigrationError, QmigdError
 from ..interfaces import Role
 from ..negotiation.plan import Plan
 
-__all__ = ["ENDED", "Record", "Records"]
+__all__ = ["ENDED", "Record", "Records", "outcome"]
 
 #: QEMU's words for a migration that has ended.
 ENDED = frozenset({"completed", "failed", "cancelled"})
+
+#: The code of the error that a user's wish to end a migration comes to, on either side.
+_CANCELLED = "cancelled"
 
 #: How many ended migrations are remembered.
 REMEMBERED = 100
@@ -32,6 +35,16 @@ _PASSED_ON = (
     "postcopy-blocktime",
     "blocked-reasons",
 )
+
+
+def outcome(error: QmigdError | None) -> str:
+    """Return the status that a migration ends with, one of :data:`ENDED`.
+
+    :param error: what has ended it, found here or reported by the peer; ``None``: nothing.
+    """
+    if error is None:
+        return "completed"
+    return "cancelled" if error.code == _CANCELLED else "failed"
 
 
 @dataclass
@@ -102,13 +115,13 @@ class Record:
             self._passes = number
             self.notify("MIGRATION_PASS", {"id": self.id, "guest": self.guest, "pass": number})
 
-    def end(self, status: str, step: str, error: QmigdError | None = None) -> None:
-        """The migration has ended; nothing changes any more."""
+    def end(self, step: str, error: QmigdError | None = None) -> None:
+        """The migration has ended, by an error or well; nothing changes any more."""
         if self.ended is None:
             self.step = step
             self.error = error
             self.can_postcopy = False
-            self.status = status
+            self.status = outcome(error)
             self.ended = time.time()
             self._tell()
 
