@@ -383,16 +383,13 @@ class BadPeerTests(PairCase):
         with Peer(self.the.there) as peer:
             migration = uuid.uuid4()
             secret = self.negotiate(peer, migration)
-            with Peer(self.the.there) as early:
-                early.send(_role(migration, b"main", 0, secret))
-                self.assertEqual(early.error()[0], "unknown-migration", "before START")
-            peer.send(_message(_START))
-            self.assertTrue(peer.receive_json(_STATUS)["ready"])
             self.refused("unknown-channel", _role(migration, b"main", 1, secret))
             self.refused("unknown-channel", _role(migration, b"multifd", 0, secret))
             with Peer(self.the.there) as main:
                 main.send(_role(migration, b"main", 0, secret))
-                self.assertEqual(main.receive(), (_ATTACHED, b""))
+                self.assertEqual(main.receive(), (_ATTACHED, b""), "before START")
+                peer.send(_message(_START))
+                self.assertTrue(peer.receive_json(_STATUS)["ready"])
                 self.refused("channel-taken", _role(migration, b"main", 0, secret))
                 # And now payload that is no stream.
                 main.send_bare(b"This is not what QEMU sends." * 100)
@@ -422,15 +419,22 @@ class BadPeerTests(PairCase):
         return bytes.fromhex(prepared["secret"])
 
     def test_leaves_when_prepared(self) -> None:
-        """A source that goes away after PREPARED leaves the guest waiting, its QEMU as it was."""
+        """A source that goes away after PREPARED leaves the guest waiting, its QEMU as it was.
+
+        A channel that it has opened is closed.
+        """
         for farewell in (b"", _message(_CANCEL, b"never mind"), _message(_RELEASE, {})):
-            with Peer(self.the.there) as peer:
-                self.negotiate(peer, uuid.uuid4())
+            migration = uuid.uuid4()
+            with Peer(self.the.there) as peer, Peer(self.the.there) as main:
+                secret = self.negotiate(peer, migration)
+                main.send(_role(migration, b"main", 0, secret))
+                self.assertEqual(main.receive(), (_ATTACHED, b""))
                 peer.send(farewell)
                 with contextlib.suppress(ConnectionResetError):
                     peer.socket.shutdown(socket.SHUT_WR)
                     while peer.socket.recv(65536):
                         pass
+                self.assertEqual(main.socket.recv(1), b"")
             self.the.wait_settings(self.the.destination)
         self.check_untouched()
 

@@ -126,7 +126,7 @@ class ArrivingTests(SynchronousTestCase):
         """A relay that lost the peer is given up too, where the switch did not come about."""
         self.guest.status = "active"
         path = SimpleNamespace(failure=PeerGone("channel main broke"))
-        self.incoming._path = cast(DestinationPath, path)
+        self.incoming.path = cast(DestinationPath, path)
         self.assertIn("has not run here", self.given_up(_STALL))
         self.assertIs(self.recover(), False)
 

@@ -42,6 +42,7 @@ from . import preflight
 from .control import Control
 from .move import Move
 from .offer import not_offered
+from .paths import DestinationPath
 from .services import Services
 from .settings import settings_for, settings_to_wire
 
@@ -57,6 +58,7 @@ class Answering(Move):
     :ivar taking: the attempt to take hold of the guest that was named.
     :ivar left_out: why features are not used.
     :ivar plan: what both sides settled on.
+    :ivar path: how the stream comes in, once that is settled; ``None``: as the baseline has it.
     :ivar secret: what proves that a payload channel is this migration's.
     :ivar run: the guest is to run once it is here.
     :ivar baseline: no feature was selected: the stream takes the control connection.
@@ -76,6 +78,7 @@ class Answering(Move):
         self.taking: Deferred[GuestFacts] | None = None
         self.left_out: dict[str, Obstacle] = {}
         self.plan: Plan | None = None
+        self.path: DestinationPath | None = None
         self.secret = b""
         self.run = True
         self.baseline = False
@@ -197,6 +200,17 @@ class Answering(Move):
             await self.put_back()
         else:
             prepared["settings"] = settings_to_wire(real)
+            if self.selected:
+                self.path = DestinationPath(
+                    services,
+                    plan,
+                    self.record.id,
+                    self.secret,
+                    self.wake,
+                    self.guest,
+                    self.control.peer,
+                )
+                self.path.expect()
         prepared["secret"] = self.secret.hex()
         services.verdicts.expect(self.record.id, self.secret, self.control.peer)
         for name in self.selected:

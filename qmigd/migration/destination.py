@@ -35,7 +35,6 @@ from .move import OVER
 from .ownership import Act, on_destination_failure
 from .ownership import Released as Owned
 from .parting import finish_late, goes_on, part_late
-from .paths import DestinationPath
 from .services import Services
 
 __all__ = ["Incoming"]
@@ -48,7 +47,6 @@ class Incoming(Answering):
 
     def __init__(self, services: Services, control: Control, selected: Selected) -> None:
         super().__init__(services, control, selected)
-        self._path: DestinationPath | None = None
         self._receiving = False
         self._owned = Owned.NO
         self._ran: bool | None = False
@@ -81,14 +79,12 @@ class Incoming(Answering):
             return
         control.listen(self._said)
         control.stay_alive(self.services.deadlines.peer)
-        self._path = DestinationPath(
-            self.services, plan, self.record.id, self.secret, self.wake, guest, control.peer
-        )
+        assert self.path is not None  # with a feature there is one
         # QEMU is told both at once, in this order.
         _, ready = await together(
             [
                 Deferred.fromCoroutine(guest.stop()),
-                Deferred.fromCoroutine(self._path.open(self.at)),
+                Deferred.fromCoroutine(self.path.open(self.at)),
             ]
         )
         if isinstance(control.transport.getPeer(), DescriptorAddress):
@@ -142,7 +138,7 @@ class Incoming(Answering):
     def _raise_if_torn(self, status: str) -> None:
         """Give up where the guest is ours and the rest of it cannot come any more."""
         torn = status == "postcopy-paused"
-        if self._path is not None and self._path.failure is not None:
+        if self.path is not None and self.path.failure is not None:
             # All may have come before; then QEMU needs a moment to say so.
             torn = torn or self._late("stream")
         if self._waits and status.startswith("postcopy"):
@@ -170,8 +166,8 @@ class Incoming(Answering):
     def _raise_if_over(self) -> None:
         if self._cancelled is not None:
             raise MigrationError(self._cancelled, code="cancelled")
-        if self._path is not None and self._path.failure is not None:
-            raise self._path.failure
+        if self.path is not None and self.path.failure is not None:
+            raise self.path.failure
         if self.control.failure is not None:
             raise self.control.failure
 
@@ -196,8 +192,8 @@ class Incoming(Answering):
             return
         self._owned = Owned.YES
         self.record.owner = "destination"
-        if self._path is not None:
-            self._path.hold()
+        if self.path is not None:
+            self.path.hold()
         try:
             # A QEMU that is gone before it was told to run has never run.
             await self.guest.query_status()
@@ -227,8 +223,8 @@ class Incoming(Answering):
         if error is None:
             await self._drain()
         self.control.close()
-        if self._path is not None:
-            self._path.close()
+        if self.path is not None:
+            self.path.close()
         self.services.requests.forget(self.record.id)
         later = error is not None and goes_on(self)
         if not (lingers or later):
@@ -335,7 +331,7 @@ class Incoming(Answering):
         connection when all has arrived.
         """
         end = self.now() + self.services.deadlines.guest
-        while self._path is not None and self._path.busy and self.now() < end:
+        while self.path is not None and self.path.busy and self.now() < end:
             if self.control.failure is not None:
                 return
             await self.rest()

@@ -209,6 +209,14 @@ class SourcePath(_Path):
         self._ahead: dict[tuple[str, int], Deferred[Any]] = {}
         self._opening: Deferred[PeerSocket] | None = None
 
+    def prepare(self) -> None:
+        """Open the first channel ahead of time, while the QEMUs are set up.
+
+        Not where an app makes it: it is to hear first of all that are going to be asked for.
+        """
+        if self._plan.path != DIRECT and not isinstance(self._peer, FdAddress):
+            Deferred.fromCoroutine(self._open_ahead(MAIN))
+
     async def open(self, at: Network | None, ready: Mapping[str, Any]) -> str | socket.socket:
         """Make ready.
 
@@ -363,7 +371,11 @@ class SourcePath(_Path):
 
 
 class DestinationPath(_Path):
-    """The destination's side: :meth:`open` has the guest's QEMU wait for the stream."""
+    """The destination's side.
+
+    :meth:`expect` lets the source open channels; :meth:`open` has the guest's QEMU wait for
+    the stream, and gives it what has come by then.
+    """
 
     def __init__(
         self,
@@ -379,6 +391,16 @@ class DestinationPath(_Path):
         self._guest = guest
         self._peer = peer if TLS in plan.features else None
         self._port: int | None = None
+        self._take: Callable[[str, int, Line], None] | None = None
+        self._early: list[tuple[str, int, Line]] = []
+
+    def expect(self) -> None:
+        """Let the source open its channels, which it may do as soon as it has PREPARED."""
+        if self._plan.path != DIRECT:
+            channels = self._plan.channels if self._plan.path == RELAY else [MAIN]
+            self._services.attachments.expect(
+                self._migration, self._secret, channels, self._came, self._peer
+            )
 
     async def open(self, at: Network | None) -> dict[str, Any]:
         """Make ready, and return what the source has to know.
@@ -399,9 +421,9 @@ class DestinationPath(_Path):
             )
             self._relay = relay
             await self._guest.incoming(str(relay.address))
-            self._expect(list(self._plan.channels), partial(self._relay_it, relay))
+            self._take_by(partial(self._relay_it, relay))
         else:
-            self._expect([MAIN], self._hand_over)
+            self._take_by(self._hand_over)
         return {}
 
     async def _listen(self, at: Network) -> int:
@@ -423,10 +445,17 @@ class DestinationPath(_Path):
         # The first one has the reason: a QEMU that has failed once may say no more than that.
         raise (*refusals, GuestError("QEMU could not listen on any of the direct-ports"))[0]
 
-    def _expect(
-        self, channels: list[tuple[str, int]], take: Callable[[str, int, Line], None]
-    ) -> None:
-        self._services.attachments.expect(self._migration, self._secret, channels, take, self._peer)
+    def _came(self, name: str, index: int, line: Line) -> None:
+        if self._take is None:
+            self._early.append((name, index, line))
+        else:
+            self._take(name, index, line)
+
+    def _take_by(self, take: Callable[[str, int, Line], None]) -> None:
+        self._take = take
+        early, self._early = self._early, []
+        for channel in early:
+            take(*channel)
 
     def _relay_it(self, relay: DestinationRelay, name: str, index: int, line: Line) -> None:
         try:
@@ -455,6 +484,9 @@ class DestinationPath(_Path):
     def close(self) -> None:
         super().close()
         self._services.attachments.forget(self._migration)
+        early, self._early = self._early, []
+        for _, _, line in early:
+            line.sock.close()
         if self._port is not None and self._services.ports is not None:
             self._services.ports.free(self._port)
             self._port = None

@@ -241,6 +241,19 @@ class Outgoing(Settling):
         self._raise_if_over()
         if isinstance(self.uri, FdAddress):
             self.uri.plan(() if self.baseline else plan.channels)
+        if not self.baseline:
+            self._path = SourcePath(
+                services,
+                plan,
+                self.record.id,
+                self.secret,
+                self.wake,
+                self._payload_address(plan),
+                self.tls_side,
+                in_band=self.in_band,
+                unawaited=services.unawaited(facts),
+            )
+            self._path.prepare()
         peer = PeerIdentity(self.hostname, control.peer_subject) if self.in_tls else None
         await self.set_up_plan(
             plan, facts, "source", lambda: self._note("started"), own, peer, alone=self.plain
@@ -261,17 +274,7 @@ class Outgoing(Settling):
             control.listen(self._said)
             control.stay_alive(services.deadlines.peer)
             await self._until_ready()
-            self._path = SourcePath(
-                services,
-                plan,
-                self.record.id,
-                self.secret,
-                self.wake,
-                self._payload_address(plan),
-                self.tls_side,
-                in_band=self.in_band,
-                unawaited=services.unawaited(facts),
-            )
+            assert self._path is not None
             at = network_of(control.transport.getPeer())
             channel = await self._path.open(at, self._ready or {})
             self._hand_to_qemu(channel)
