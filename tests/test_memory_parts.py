@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from qmigd.guests.memory.gathering import Gathering
 from qmigd.guests.memory.machine import Machine
 from qmigd.guests.memory.options import MemoryOptions, from_table, parse
 from qmigd.guests.memory.ram import PAGE, Ram, runs
+from qmigd.guests.memory.vector import Vector, behind
 from qmigd.stream.multifd import Packer
 
 _PATTERNS = st.builds(
@@ -195,6 +197,31 @@ class GatheringTests(SynchronousTestCase):
             self.assertEqual(sorted({*filled, 5, 200}), np.flatnonzero(received).tolist())
             for value, pages in ((9, filled), (0, [5, 200]), (1, [6, 9, 201])):
                 self.assertEqual({value}, set(machine.ram.host[pages].reshape(-1).tolist()))
+
+
+class VectorTests(RamCase):
+    @given(st.lists(st.integers(0, 63), max_size=20), st.integers(0, 20 * (PAGE + 8)))
+    def test_pages(self, pages: list[int], sent: int) -> None:
+        """Each page goes out behind its head, and goes on where the kernel took only a part."""
+        self.ram.host[:] = np.arange(64, dtype=np.uint8)[:, None]
+        heads = np.arange(len(pages), dtype=">u8")
+        wanted = b"".join(
+            index.to_bytes(8, "big") + bytes([page]) * PAGE for index, page in enumerate(pages)
+        )
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            places, vector = np.array(pages, np.int64) * PAGE, Vector()
+            count = vector.send(ours, heads, self.ram.host.ctypes.data, places)
+            left = behind(vector.buffers(len(pages)), min(sent, count))
+            ours.close()
+            received = bytearray()
+            while data := theirs.recv(1 << 20):
+                received += data
+        self.assertEqual(wanted, bytes(received))
+        self.assertEqual(len(wanted), count)
+        rest = b"".join(ctypes.string_at(int(at), int(size)) for at, size in left)
+        self.assertEqual(wanted[sent:], rest)
 
 
 class OptionsTests(SynchronousTestCase):

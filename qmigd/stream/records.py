@@ -123,6 +123,15 @@ class RamWriter:
             parts.append(view)
         return parts
 
+    def heads(self, block: str, offsets: ArrayLike) -> tuple[list[Buffer], NDArray[np.uint64]]:
+        """Return what goes in front of each page, for who sends the pages from where they are.
+
+        :param offsets: of the pages in the block, bytes.
+        :returns: the first head where it names the block, and the others, ``>u8``.
+        """
+        places, first, rest = self._begin(block, offsets, RamFlag.PAGE, None)
+        return first, places[rest:]
+
     def zeros(
         self, block: str, offsets: ArrayLike, fill: int = 0, *, named: bool | None = None
     ) -> list[Buffer]:

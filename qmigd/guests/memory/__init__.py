@@ -18,6 +18,7 @@ module           what it has
 ``machine``      all of it together: run state, migrations, events
 ``progress``     how far a migration is
 ``channels``     connections for a stream, and their bandwidth
+``vector``       many pages of RAM in one call
 ``outgoing``     the source's side: from the first connection to the last word
 ``passes``       its precopy
 ``answers``      what the destination says to it

@@ -14,7 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qmigd.errors import ArgumentError
+from qmigd.guests.memory.ram import Pages
+from qmigd.guests.memory.vector import Vector
 from qmigd.transports.mptcp import IPPROTO_MPTCP
 from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress, parse_uri
 
@@ -123,6 +128,18 @@ class Channel:
         for at in range(0, len(buffers), _VECTOR):
             self._send(buffers[at : at + _VECTOR])
         return self.sent - before
+
+    def send_pages(self, vector: Vector, heads: NDArray[np.uint64], ram: int, places: Pages) -> int:
+        """Send pages out of RAM (:meth:`Vector.send`), and return how many bytes they were.
+
+        :raises Lost: the connection broke.
+        """
+        try:
+            count = vector.send(self.sock, heads, ram, places)
+        except OSError as error:
+            raise Lost(error.strerror or str(error)) from None
+        self.sent += count
+        return count
 
     def _send(self, buffers: Sequence[Any]) -> None:
         wanted = sum(map(_size, buffers))

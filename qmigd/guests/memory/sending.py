@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qmigd.guests.memory.channels import Channel, Pace, Rate
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.ram import PAGE, Pages, Ram
+from qmigd.guests.memory.vector import MOST, Vector
 from qmigd.stream.format import SectionType
 from qmigd.stream.pages import zero_pages
 from qmigd.stream.records import END_OF_SECTION, RamWriter
@@ -25,9 +26,7 @@ __all__ = ["BATCH", "RAM_SECTION", "MainSender", "Sender", "split_zeros"]
 
 #: Pages that are looked at and handed on at once at the most: what Python does for each such
 #: batch is to take little time beside the sending of its pages.
-BATCH = 512
-#: Pages that are copied and sent at once: what they are copied into stays in the CPU's cache.
-_COPIED = 128
+BATCH = MOST
 #: Pages in one section of RAM; between two of them a command can stand.
 _SECTION = 4096
 #: The section's id.
@@ -92,7 +91,7 @@ class MainSender:
         self._pace = pace
         self._interrupted = interrupted
         self._records = RamWriter(PAGE)
-        self._space = np.empty(_COPIED * (PAGE + 8), np.uint8)
+        self._vector = Vector()
         self._kind = SectionType.PART
         self._open = 0  # pages in the section that is open
         self._inside = False
@@ -109,14 +108,18 @@ class MainSender:
         parts: list[Any] = self.enter()
         if len(zeros):
             parts += self._records.zeros(self._ram.name, zeros * PAGE)
+        places = normal * PAGE
+        if len(normal):
+            first, heads = self._records.heads(self._ram.name, places)
+            if first:
+                parts += [*first, self._ram.host[normal[0]].tobytes()]
+                places = places[1:]
         then, count = time.monotonic(), 0
-        for at in range(0, len(normal), _COPIED):
-            places = normal[at : at + _COPIED] * PAGE
-            parts += self._records.pages_of(self._ram.name, places, self._ram.host, out=self._space)
-            count += self._channel.send(parts)
-            parts = []
         if parts:
             count += self._channel.send(parts)
+        if len(places):
+            ram = self._ram.host.ctypes.data
+            count += self._channel.send_pages(self._vector, heads, ram, places)
         self.rate.sent(count, time.monotonic() - then)
         self._pace.spend(count)
         progress = self._progress
