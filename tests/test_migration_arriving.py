@@ -17,8 +17,8 @@ from qmigd.handshake.events import Released, Selected
 from qmigd.interfaces import Guest
 from qmigd.migration.control import Control
 from qmigd.migration.destination import Incoming
+from qmigd.migration.destination_path import DestinationPath
 from qmigd.migration.move import LOOK
-from qmigd.migration.paths import DestinationPath
 from qmigd.migration.services import Deadlines, Services
 from qmigd.migration.status import Records
 from qmigd.migration.verdicts import Verdicts

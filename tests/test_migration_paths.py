@@ -17,8 +17,8 @@ from twisted.trial.unittest import TestCase
 
 from qmigd.guests.qemu import QemuGuest
 from qmigd.interfaces import RELAY
-from qmigd.migration.paths import SourcePath
 from qmigd.migration.services import Deadlines, Services
+from qmigd.migration.source_path import SourcePath
 from qmigd.negotiation.plan import MAIN, Plan
 from qmigd.transports.uri import TcpAddress
 from tests.test_channels_pump import is_open

@@ -167,7 +167,7 @@ def unawaited(source: GuestFacts) -> frozenset[str]:
     """Return the channels that a source's QEMU connects as it begins, and does not wait for.
 
     Nothing must fail its migration before they are there.  On ``direct`` nobody could see to
-    that; in a relay they are a matter of a moment, which :mod:`qmigd.migration.paths` waits.
+    that; in a relay they are a matter of a moment, which :mod:`qmigd.migration.source_path` waits.
     """
     rows = [quirk for quirk in QUIRKS if quirk.features == _PREEMPT_DIRECT]
     return frozenset({"preempt"} if any(quirk.concerns(source, source) for quirk in rows) else ())

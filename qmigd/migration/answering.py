@@ -40,9 +40,9 @@ from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from . import preflight
 from .control import Control
+from .destination_path import DestinationPath
 from .move import Move
 from .offer import not_offered
-from .paths import DestinationPath
 from .services import Services
 from .settings import settings_for, settings_to_wire
 

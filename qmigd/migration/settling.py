@@ -16,8 +16,8 @@ from ..handshake.events import Outcome
 from .move import LOOK
 from .ownership import SAID, Act, Peer, Released, on_source_failure
 from .parting import finish_late, goes_on, part_late
-from .paths import SourcePath
 from .proposing import Cancelled, Proposing
+from .source_path import SourcePath
 from .status import outcome
 from .verdicts import ask
 

@@ -50,10 +50,10 @@ from ..negotiation.policy import Policy
 from ..transports.uri import Address, FdAddress, Reachable, TcpAddress, network_of
 from .move import OVER
 from .ownership import SAID, Peer, Released
-from .paths import SourcePath
 from .proposing import Cancelled
 from .services import Services
 from .settling import Settling
+from .source_path import SourcePath
 from .status import Record
 from .switching import BANDWIDTH, Hold, start_postcopy
 
