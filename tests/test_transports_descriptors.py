@@ -188,10 +188,17 @@ class RequestTests(SynchronousTestCase):
 
     def test_plan(self) -> None:
         """What is going to be asked for is told, and can be handed over before; once."""
-        self.address.plan([("main", 0), ("multifd", 0)])
+        planned = [("main", 0), ("multifd", 0)]
+        self.address.foresee(planned)
+        error = self.assertRaises(
+            MigrationError, self.requests.answer, _ID, "main", 0, self.pair()[0]
+        )
+        self.assertIn("no migration", error.text)
+        self.address.plan(planned)
         channels = [{"name": "main", "index": 0}, {"name": "multifd", "index": 0}]
         data = {"id": _ID, "guest": "vm", "role": "source", "channels": channels}
-        self.assertEqual([("CHANNEL_PLAN", data)], self.events)
+        told = [("CHANNEL_PLAN", {**data, "settled": settled}) for settled in (False, True)]
+        self.assertEqual(told, self.events)
         near, _ = self.pair()
         self.requests.answer(_ID, "main", 0, near)
         other, _ = self.pair()
@@ -199,7 +206,7 @@ class RequestTests(SynchronousTestCase):
         error = self.assertRaises(MigrationError, self.requests.answer, _ID, "multifd", 1, other)
         self.assertIn("it is to have main 0, multifd 0", error.text)
         self.assertIs(near, self.successResultOf(self.address.to("main", 0).ask()))
-        self.assertEqual(1, len(self.events))
+        self.assertEqual(2, len(self.events))
         asked = self.address.to("multifd", 0).ask()
         self.requests.answer(_ID, "multifd", 0, other)
         self.assertIs(other, self.successResultOf(asked))

@@ -107,7 +107,8 @@ def migrate(options: argparse.Namespace) -> dict[str, Any]:
         if data.get("id") != begun["id"] or data.get("role") == "destination":
             continue
         if name == "CHANNEL_PLAN":
-            print(f"it is going to want {len(data['channels'])} payload channels")
+            most = "" if data["settled"] else "at the most "
+            print(f"it is going to want {most}{len(data['channels'])} payload channels")
         elif name == "CHANNEL_REQUEST":
             here, there = tcp_pair() if options.tcp else socket.socketpair()
             destination.hand_over(there, "incoming", uri="fd:channel")

@@ -376,9 +376,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "add-channel",
                 "Hand over a connection that a migration has asked for.\n\n"
                 "It answers a `CHANNEL_REQUEST`, on either side. At the source a channel of the "
-                "`CHANNEL_PLAN` can be handed over before it is asked for; what the migration "
-                "has not used when it is over is closed. The descriptor is qmigd's from here on, "
-                "whatever comes of it; the client closes its own copy.",
+                "settled `CHANNEL_PLAN` can be handed over before it is asked for; what the "
+                "migration has not used when it is over is closed. The descriptor is qmigd's from "
+                "here on, whatever comes of it; the client closes its own copy.",
                 (
                     Member("id", STR, "the migration."),
                     Member("channel", STR, "the channel's name: `control`, `main` and so on."),
@@ -441,15 +441,18 @@ EVENTS: Mapping[str, Event] = MappingProxyType(
             ),
             Event(
                 "CHANNEL_PLAN",
-                "A migration over `fd:` has been negotiated, and is going to want these payload "
-                "channels.\n\n"
-                "It comes before the first of them is asked for. None is listed where the stream "
-                "takes the control connection.",
+                "A migration over `fd:` is going to want these payload channels.\n\n"
+                "The source says so twice. Before it asks for anything, `control` included, it "
+                "lists what this side could use (`settled` is false): there are not going to be "
+                "more, but perhaps fewer, which depends on the destination. What has been settled "
+                "comes before the first of them is asked for; the destination says this alone. "
+                "None is listed where the stream takes the control connection.",
                 (
                     Member("id", STR, "The migration."),
                     Member("guest", STR, "The guest, by its name on this side."),
                     Member("role", ROLE, "Which side this daemon is."),
                     Member("channels", ListOf(CHANNEL), "In the order in which QEMU opens them."),
+                    Member("settled", BOOL, "Whether it has been negotiated."),
                 ),
             ),
             Event(

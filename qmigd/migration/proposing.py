@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.logger import Logger
 
 from ..channels.secured import TlsSide
@@ -47,6 +47,7 @@ from ..transports.programs import reach
 from ..transports.sockets import limit_reads
 from ..transports.uri import (
     Address,
+    FdAddress,
     InBandAddress,
     Reachable,
     TcpAddress,
@@ -56,6 +57,7 @@ from ..transports.uri import (
 from ..wire.greeting import TLS
 from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
+from .foreseeing import most_channels
 from .legacy import check_policy, plain_plan
 from .move import Move
 from .offer import kernel_does_tls, not_offered
@@ -237,11 +239,12 @@ class Proposing(Move):
         :raises QmigdError: there is none, and why.
         """
         assert self.guest is not None
+        looking = Deferred.fromCoroutine(self.guest.examine())
+        if isinstance(self.uri, FdAddress):
+            # Who makes the connections is told how many before the first.
+            looking = succeed(self._foresee(self.uri, await looking))
         self.calling = Deferred.fromCoroutine(self._call())
-        both: list[Deferred[Any]] = [
-            self.calling,
-            Deferred.fromCoroutine(self.guest.examine()),
-        ]
+        both: list[Deferred[Any]] = [self.calling, looking]
         (called, candidates), (looked, examined) = await DeferredList(both, consumeErrors=True)
         if self.cancelled is not None:
             raise Cancelled(self.cancelled)
@@ -302,6 +305,18 @@ class Proposing(Move):
         self._agree(said.body, terms, agreements, left_out, facts)
         self.baseline = not candidates
         return facts
+
+    def _foresee(self, uri: FdAddress, examined: Examined) -> Examined:
+        """Tell the management app how many connections it may be asked for.
+
+        :raises Cancelled: none any more.
+        """
+        if self.cancelled is not None:
+            raise Cancelled(self.cancelled)
+        uri.foresee(
+            most_channels(self.services, self.policy, self.transport, examined.facts, self.tunables)
+        )
+        return examined
 
     def _go_plain(self, probe: bool) -> None:
         """Do without a qmigd at the destination, if that is allowed."""

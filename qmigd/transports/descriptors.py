@@ -209,11 +209,20 @@ class ChannelRequests:
         channels = tuple(channels)
         self._planned[migration] = _Planned(role, frozenset(channels), in_band)
         who = {"id": migration, "guest": guest, "role": role}
-        named = [{"name": name, "index": index} for name, index in channels]
-        self._notify("CHANNEL_PLAN", {**who, "channels": named})
+        self._tell(who, channels, settled=True)
         if role == "destination":
             for name, index in channels:
                 self._notify("CHANNEL_REQUEST", {**who, "channel": name, "index": index})
+
+    def foresee(self, migration: str, guest: str, channels: Iterable[tuple[str, int]]) -> None:
+        """Tell the app which payload channels a source may come to want, at the most."""
+        self._tell({"id": migration, "guest": guest, "role": "source"}, channels, settled=False)
+
+    def _tell(
+        self, who: Mapping[str, Any], channels: Iterable[tuple[str, int]], *, settled: bool
+    ) -> None:
+        named = [{"name": name, "index": index} for name, index in channels]
+        self._notify("CHANNEL_PLAN", {**who, "channels": named, "settled": settled})
 
     def ask(
         self, migration: str, guest: str, name: str, index: int, seconds: float
@@ -346,6 +355,11 @@ class FdAddress:
     def to(self, channel: str, index: int) -> FdAddress:
         """Return the address of one payload channel."""
         return replace(self, channel=channel, index=index)
+
+    def foresee(self, channels: Iterable[tuple[str, int]]) -> None:
+        """Tell the app which payload channels there may be, at the most."""
+        assert self.requests is not None
+        self.requests.foresee(self.migration, self.guest, channels)
 
     def plan(self, channels: Iterable[tuple[str, int]]) -> None:
         """Tell the app which payload channels are going to be asked for."""
