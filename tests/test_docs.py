@@ -89,7 +89,7 @@ class OperationsTests(RigCase):
         first = self.daemon("first").start()
         second = self.daemon("second", listen=[first.uri])
         self.assertEqual(1, second.launch().wait())
-        self.assertIn("qmigd does not start: Couldn't listen on", second.log)
+        self.assertIn(f"qmigd does not start: it cannot listen on {first.uri}", second.log)
         self.assertNotIn("Traceback", second.log)
         third = self.daemon("third", lisen=[])
         self.assertEqual(1, third.launch().wait())

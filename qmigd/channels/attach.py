@@ -43,6 +43,7 @@ from qmigd.errors import (
     RemoteError,
 )
 from qmigd.negotiation.allow import PeerNames
+from qmigd.transports.reasons import not_connected
 from qmigd.transports.sockets import detach, drained, limit_reads, tune_stream
 from qmigd.wire.role import RoleHeader
 
@@ -121,7 +122,8 @@ async def _open(endpoint: IStreamClientEndpoint, machine: Secured | InBand) -> L
     try:
         await endpoint.connect(Factory.forProtocol(lambda: opener))
     except (ConnectError, DNSLookupError) as error:
-        raise PeerGone(f"The peer cannot be reached for a payload channel: {error}") from None
+        why = not_connected(error)
+        raise PeerGone(f"The peer cannot be reached for a payload channel: {why}") from None
     except ConnectingCancelledError:  # Twisted's word for it, where a name is looked up or called
         raise CancelledError from None
     sock = await opener.opened

@@ -37,6 +37,7 @@ from qmigd.channels.pump import Pump
 from qmigd.channels.tls import PeerSocket
 from qmigd.errors import GuestGone, LocalError, QmigdError
 from qmigd.interfaces import COPY, ICodec
+from qmigd.transports.reasons import not_connected
 from qmigd.transports.sockets import detach
 from qmigd.transports.uri import MAX_UNIX_PATH, UnixAddress
 
@@ -456,7 +457,8 @@ class DestinationRelay(_Relay):
             await self.address.client(self._reactor).connect(factory)
         except ConnectError as error:
             raise GuestGone(
-                f"The guest's QEMU does not take channel {channel.name} {channel.index}: {error}"
+                f"The guest's QEMU does not take channel {channel.name} {channel.index}: "
+                f"{not_connected(error)}"
             ) from None
         return await taking
 

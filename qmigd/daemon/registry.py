@@ -231,6 +231,12 @@ class GuestRegistry:
         entry = self._entry(name) if name is not None else await self._only_waiting()
         if entry.migration is not None:
             await self._settled(entry)
+        if entry.migration is not None:
+            raise GuestBusy(
+                f"guest '{entry.config.name}' is in migration {entry.migration} at the "
+                "destination already; if it is on its way out there, the URI leads to the qmigd "
+                "that has it, and not to another one"
+            )
         guest = self._reserve(entry, migration)
         if entry.launcher is not None:
             try:

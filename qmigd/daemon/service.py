@@ -20,7 +20,8 @@ from typing import IO, Any
 
 from twisted.application.service import IService, Service
 from twisted.internet.defer import Deferred, DeferredList
-from twisted.internet.interfaces import IListeningPort
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python import usage
 
@@ -45,6 +46,7 @@ from ..transports.descriptors import ChannelRequests
 from ..transports.leftovers import Leftovers
 from ..transports.mptcp import is_available
 from ..transports.ports import PortRange
+from ..transports.reasons import not_listening
 from ..transports.uri import Door, InBandAddress, bare
 from ..wire.greeting import TLS
 from .commands import Commands
@@ -209,8 +211,7 @@ class QmigdService(Service):
                     tls_required=self._tls_required(bare(uri)),
                     in_band=isinstance(uri, InBandAddress),
                 )
-                port = await bare(uri).server(self._reactor).listen(factory)
-                self._ports.append(port)
+                await self._listen(uri, factory, "'listen' in [daemon]")
                 log.info("qmigd {version} listens on {uri}", version=__version__, uri=str(uri))
             for guest in self._config.guests.values():
                 await self._listen_legacy(guest)
@@ -226,11 +227,23 @@ class QmigdService(Service):
                 monitor=self._config.daemon.monitor,
             )
 
+    async def _listen(
+        self, uri: Door | InBandAddress[Door], factory: IProtocolFactory, key: str
+    ) -> None:
+        """:raises QmigdError: that is not possible."""
+        try:
+            self._ports.append(await bare(uri).server(self._reactor).listen(factory))
+        except CannotListenError as error:
+            raise ConfigError(
+                f"it cannot listen on {uri} ({key}): {not_listening(error)}"
+            ) from None
+
     async def _listen_legacy(self, guest: GuestConfig) -> None:
         if guest.legacy_listen is None:
             return
         factory = LegacyFactory(self._services, guest.name)
-        self._ports.append(await guest.legacy_listen.server(self._reactor).listen(factory))
+        key = f"'legacy-listen' in [guest.{guest.name}]"
+        await self._listen(guest.legacy_listen, factory, key)
         log.info(
             "guest {guest} can come in as QEMU's plain stream on {uri}",
             guest=guest.name,

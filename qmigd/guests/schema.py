@@ -180,7 +180,7 @@ def coerce(tunable: Tunable, value: Any) -> Any:
 
 
 def _misfit(tunable: Tunable, value: Any, wanted: str) -> ArgumentError:
-    shown = value if isinstance(value, str) else json.dumps(value, default=repr)
+    shown = f"'{value}'" if isinstance(value, str) else json.dumps(value, default=repr)
     return ArgumentError(f"{tunable.name} cannot be {shown}: it has to be {wanted}")
 
 

@@ -274,8 +274,8 @@ class Exchange(ABC):
         """The peer sends nothing more, or the connection is lost; return what that means."""
         middle = " in the middle of what it was saying" if self._decoder.taken else ""
         text = (
-            f"The peer closed the connection{middle}; the {self.role}'s side of the "
-            f'handshake was in the state "{self._state}".'
+            f"The peer closed the connection before its time{middle} (state "
+            f'"{self._state}" of the {self.role}).'
         )
         return self._lost(Failed("peer-gone", text, False), Error("peer-gone", text).encode())
 

@@ -27,6 +27,7 @@ from ..channels.secured import Secured, TlsSide
 from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
 from ..negotiation.allow import PeerNames
+from ..transports.reasons import not_connected
 from ..transports.sockets import detach, drained, limit_reads, tune_stream
 from ..transports.uri import Reachable
 from ..waiting import with_deadline
@@ -331,6 +332,7 @@ async def connect_control(
         await with_deadline(reactor, connecting, deadline, f"a connection to {address}")
     except (ConnectError, DNSLookupError, DeadlineError, ValueError) as error:
         # ValueError is what Twisted makes of a name that no host can have.
-        raise PeerGone(f"no qmigd can be reached at {address}: {error}") from None
+        why = not_connected(error)
+        raise PeerGone(f"no qmigd can be reached at {address}: {why}") from None
     tune_stream(control.transport.getHandle())
     return control

@@ -72,7 +72,8 @@ log = Logger()
 #: Run states in which a guest has nothing that could be moved.
 _NOT_MOVABLE = {
     "inmigrate": "it waits for a migration itself",
-    "postmigrate": "it was moved away already, or saved; what is here is the stopped rest",
+    "postmigrate": "it was moved away already, or saved; what is here is the stopped "
+    "rest ('cont' on its QMP socket lets that run, if the guest is nowhere else)",
     "internal-error": "QEMU stopped it because of an internal error",
     "shutdown": "it has shut down",
 }
