@@ -288,8 +288,8 @@ class GuestFacts:
     #: Why this QEMU does not let its guest be moved at all, in its own words.
     blockers: tuple[str, ...] = ()
     #: Types of QEMU's object model that depend on how it was built, and whether this
-    #: QEMU has them: ``"qio-channel-rdma"``, ``"tls-creds-x509"``.
-    types: Mapping[str, bool] = field(default_factory=dict)
+    #: QEMU has them, or why not: ``"qio-channel-rdma"``, ``"tls-creds-x509"``.
+    types: Mapping[str, Answer] = field(default_factory=dict)
     #: Its QEMU's process; ``None`` where it cannot be looked at from here.
     process: Process | None = None
 

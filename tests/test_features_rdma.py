@@ -8,7 +8,7 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.features.rdma import feature, locked_memory, pin_all
-from qmigd.interfaces import GuestFacts, Host, Process, RamBlock, RdmaDevice, Role
+from qmigd.interfaces import GuestFacts, Host, No, Process, RamBlock, RdmaDevice, Role, Yes
 from tests.rig.pair import NAME, PairCase
 
 ROLES: tuple[Role, ...] = ("source", "destination")
@@ -16,7 +16,7 @@ ROLES: tuple[Role, ...] = ("source", "destination")
 _GUEST = GuestFacts(
     "vm", "qemu", (10, 0, 2), "pc", {"rdma-pin-all": False, "xbzrle": False}, {},
     ram=(RamBlock("pc.ram", 64 << 20, 4096), RamBlock("pc.rom", 1 << 20, 4096)),
-    types={"qio-channel-rdma": True},
+    types={"qio-channel-rdma": Yes()},
     process=Process(1, 1000, None, userfaultfd=False, userfaultfd_device=False),
 )  # fmt: skip
 
@@ -49,11 +49,11 @@ class RuleTests(SynchronousTestCase):
         self.assertTrue(feature.probe_host(host("192.0.2.1/24")))
 
     def test_qemu(self) -> None:
-        """A QEMU without RDMA is one; where it is not known, it is tried."""
-        without = dataclasses.replace(_GUEST, types={"qio-channel-rdma": False})
+        """A QEMU without RDMA says why; where it is not known, it is tried."""
+        without = dataclasses.replace(_GUEST, types={"qio-channel-rdma": No("why")})
         unknown = dataclasses.replace(_GUEST, types={})
         for role in ROLES:
-            self.assertFalse(feature.probe_guest(without, role))
+            self.assertEqual(feature.probe_guest(without, role), No("why"))
             self.assertTrue(feature.probe_guest(unknown, role))
             self.assertTrue(feature.probe_guest(_GUEST, role))
 

@@ -16,7 +16,7 @@ from qmigd.guests import builds
 from qmigd.guests.builds import TYPES
 from qmigd.guests.describe import parse_ram_blocks
 from qmigd.guests.qemu import QemuGuest
-from qmigd.interfaces import GuestFacts, RamBlock
+from qmigd.interfaces import GuestFacts, No, RamBlock, Yes
 from tests.rig.case import RigCase
 from tests.rig.guest import Guest
 from tests.rig.proxy import Proxy
@@ -235,12 +235,13 @@ class FactsTests(RigCase):
         """Debian's QEMUs have RDMA and TLS; a type that there is not is known as that."""
         for label in LABELS:
             guest = self.guest(require(label), "built").start()
-            self.assertEqual((await self.facts(guest)).types, dict.fromkeys(TYPES, True))
-        self.patch(builds, "TYPES", ("qio-channel-rdma", "no-such-type", "virtio-net-pci"))
+            self.assertEqual((await self.facts(guest)).types, dict.fromkeys(TYPES, Yes()))
+        asked = ("qio-channel-rdma", "none", "virtio-net-pci")
+        self.patch(builds, "TYPES", dict.fromkeys(asked, "why"))
         self.patch(builds, "_known", {})
         self.assertEqual(
             (await self.facts(guest)).types,
-            {"qio-channel-rdma": True, "no-such-type": False, "virtio-net-pci": True},
+            {"qio-channel-rdma": Yes(), "none": No("why"), "virtio-net-pci": Yes()},
         )
 
     async def test_process(self) -> None:

@@ -43,7 +43,7 @@ from .capabilities import known, none_on
 
 __all__ = ["PinAll", "Rdma", "feature", "locked_memory", "pin_all"]
 
-#: The type that a QEMU has that was built with RDMA (migration/rdma.c).
+#: The type that a QEMU has that can do RDMA (migration/rdma.c).
 _CHANNEL = "qio-channel-rdma"
 #: The first QEMU whose return path works here ("migration/rdma: Fix return-path case").
 _RETURN_PATH = (8, 0, 0)
@@ -78,9 +78,7 @@ class Rdma(Feature):
         return Yes()
 
     def probe_guest(self, guest: GuestFacts, role: Role) -> Answer:
-        if guest.types.get(_CHANNEL) is False:
-            return No("it was built without RDMA")
-        if not (answer := none_on(guest, "xbzrle")):
+        if not (answer := guest.types.get(_CHANNEL, Yes()) and none_on(guest, "xbzrle")):
             return answer
         needed, process = locked_memory(guest), guest.process
         limit = None if process is None else process.memlock
