@@ -37,7 +37,15 @@ def _remaining(source: Guest) -> int:
     return int(source.qmp("query-migrate").get("ram", {}).get("remaining", -1))
 
 
-class SplitBrainTests(PairCase):
+class PostcopyCase(PairCase):
+    def proxied(self, pair: Pair) -> tuple[Proxy, str]:
+        """Have all payload channels in the test's hand; returns where to migrate to as well."""
+        proxy = Proxy(int(pair.there.uri.rpartition(":")[2]), but_first=True)
+        self.addCleanup(proxy.close)
+        return proxy, f"{'in-band:' if self.in_band else ''}{proxy.uri}"
+
+
+class SplitBrainCase(PostcopyCase):
     """The connection breaks when all is sent and the destination's last word is still to come."""
 
     def provoke(self, source: Guest, destination: Guest, proxy: Proxy) -> None:
@@ -70,20 +78,11 @@ class SplitBrainTests(PairCase):
         source.wait_ticks(3)
         self.assertTrue(source.running() and destination.running(), "both")
 
-    def test_alone_10_0(self) -> None:
-        """QEMU 10.0 alone lets the guest run on both hosts."""
-        self.alone("10.0")
-
-    def test_alone_11(self) -> None:
-        """So does QEMU 11."""
-        self.alone("11")
-
     def under_qmigd(self, path: str, label: str) -> None:
         """The same break under qmigd: the source does not run again, the destination does."""
         pair = self.pair(label, program=_SMALL, here=_DEADLINES, there=_DEADLINES).start()
-        proxy = Proxy(int(pair.there.uri.split(":")[2]), only=b"QEMU-CHANNEL")
-        self.addCleanup(proxy.close)
-        self.to_postcopy(pair, path, uri=proxy.uri)
+        proxy, uri = self.proxied(pair)
+        self.to_postcopy(pair, path, uri=uri)
         self.provoke(pair.source, pair.destination, proxy)
         pair.ended(pair.here)
         self.assertNotEqual(pair.source.status(), "running")
@@ -111,26 +110,6 @@ class SplitBrainTests(PairCase):
         pair.source.wait_ticks(3)
         pair.source.check_ram()
 
-    def test_handover_10_0(self) -> None:
-        """A socket that was handed over, between 10.0s."""
-        self.under_qmigd("handover", "10.0")
-
-    def test_handover_11(self) -> None:
-        """A socket that was handed over, between 11s."""
-        self.under_qmigd("handover", "11")
-
-    def test_relay_10_0(self) -> None:
-        """Relays, between 10.0s."""
-        self.under_qmigd("relay", "10.0")
-
-    def test_relay_11(self) -> None:
-        """Relays, between 11s."""
-        self.under_qmigd("relay", "11")
-
-    def test_handover_7_2(self) -> None:
-        """A socket that was handed over, between 7.2s, which hang there by themselves."""
-        self.under_qmigd("handover", "7.2")
-
     def direct(self, label: str) -> None:
         """Between the QEMUs it is the destination's end that breaks the connection."""
         pair = self.pair(label, program=_SMALL, here=_DEADLINES, there=_DEADLINES).start()
@@ -151,6 +130,38 @@ class SplitBrainTests(PairCase):
         self.assertNotEqual(pair.source.status(), "running")
         self.check_cont_by_hand(pair)
 
+
+class SplitBrainTests(SplitBrainCase):
+    """With QEMU alone, and on each path under qmigd."""
+
+    def test_alone_10_0(self) -> None:
+        """QEMU 10.0 alone lets the guest run on both hosts."""
+        self.alone("10.0")
+
+    def test_alone_11(self) -> None:
+        """So does QEMU 11."""
+        self.alone("11")
+
+    def test_handover_10_0(self) -> None:
+        """A socket that was handed over, between 10.0s."""
+        self.under_qmigd("handover", "10.0")
+
+    def test_handover_11(self) -> None:
+        """A socket that was handed over, between 11s."""
+        self.under_qmigd("handover", "11")
+
+    def test_relay_10_0(self) -> None:
+        """Relays, between 10.0s."""
+        self.under_qmigd("relay", "10.0")
+
+    def test_relay_11(self) -> None:
+        """Relays, between 11s."""
+        self.under_qmigd("relay", "11")
+
+    def test_handover_7_2(self) -> None:
+        """A socket that was handed over, between 7.2s, which hang there by themselves."""
+        self.under_qmigd("handover", "7.2")
+
     def test_direct_10_0(self) -> None:
         """Direct, between 10.0s."""
         self.direct("10.0")
@@ -160,7 +171,7 @@ class SplitBrainTests(PairCase):
         self.direct("11")
 
 
-class KilledTests(PairCase):
+class KilledCase(PairCase):
     """Somebody is killed while postcopy is under way."""
 
     def under_way(self, path: str, source: str, destination: str, mode: str = "postcopy") -> Pair:
@@ -187,14 +198,6 @@ class KilledTests(PairCase):
         pair.wait_settings(pair.source)
         pair.prove_moved()
 
-    def test_source_qmigd_handover(self) -> None:
-        """The source's qmigd, on a socket that was handed over."""
-        self.source_qmigd("handover", "7.2", "10.0")
-
-    def test_source_qmigd_direct(self) -> None:
-        """The source's qmigd, between the QEMUs."""
-        self.source_qmigd("direct", "11", "11")
-
     def destination_qmigd(self, path: str, source: str, destination: str) -> None:
         """The destination's qmigd is killed: the QEMUs finish by themselves, and it sees that."""
         pair = self.under_way(path, source, destination)
@@ -204,14 +207,6 @@ class KilledTests(PairCase):
         self.assertEqual(pair.ended(pair.here)["status"], "completed")
         pair.wait_settings(pair.destination)
         pair.prove_moved()
-
-    def test_destination_qmigd_handover(self) -> None:
-        """The destination's qmigd, on a socket that was handed over."""
-        self.destination_qmigd("handover", "10.0", "11")
-
-    def test_destination_qmigd_direct(self) -> None:
-        """The destination's qmigd, between the QEMUs."""
-        self.destination_qmigd("direct", "7.2", "7.2")
 
     def relayed(self, label: str, *, source: bool) -> None:
         """With a relay the stream is lost as well, and with it what had not arrived."""
@@ -228,14 +223,6 @@ class KilledTests(PairCase):
         pair.source.wait_migration("failed", "postcopy-paused", "completed")
         self.assertEqual(len(pair.source.lines), before)
 
-    def test_source_qmigd_relay(self) -> None:
-        """The source's qmigd and its relay: the source does not run."""
-        self.relayed("10.0", source=True)
-
-    def test_destination_qmigd_relay(self) -> None:
-        """The destination's qmigd and its relay: the source does not run."""
-        self.relayed("11", source=False)
-
     def destination_qemu(self, path: str, label: str) -> None:
         """The destination's QEMU is killed: nobody but a person lets the guest run here."""
         pair = self.under_way(path, label, label)
@@ -246,6 +233,34 @@ class KilledTests(PairCase):
         self.assertEqual(entry["owner"], "destination")
         self.assertNotEqual(pair.source.status(), "running")
         self.assertTrue(pair.source.alive)
+
+
+class KilledTests(KilledCase):
+    """Each of the four, on each path."""
+
+    def test_source_qmigd_handover(self) -> None:
+        """The source's qmigd, on a socket that was handed over."""
+        self.source_qmigd("handover", "7.2", "10.0")
+
+    def test_source_qmigd_direct(self) -> None:
+        """The source's qmigd, between the QEMUs."""
+        self.source_qmigd("direct", "11", "11")
+
+    def test_destination_qmigd_handover(self) -> None:
+        """The destination's qmigd, on a socket that was handed over."""
+        self.destination_qmigd("handover", "10.0", "11")
+
+    def test_destination_qmigd_direct(self) -> None:
+        """The destination's qmigd, between the QEMUs."""
+        self.destination_qmigd("direct", "7.2", "7.2")
+
+    def test_source_qmigd_relay(self) -> None:
+        """The source's qmigd and its relay: the source does not run."""
+        self.relayed("10.0", source=True)
+
+    def test_destination_qmigd_relay(self) -> None:
+        """The destination's qmigd and its relay: the source does not run."""
+        self.relayed("11", source=False)
 
     def test_destination_qemu_handover(self) -> None:
         """The destination's QEMU, on a socket that was handed over."""
@@ -270,16 +285,15 @@ class KilledTests(PairCase):
             pair.prove_moved()
 
 
-class LateTests(PairCase):
+class LateTests(PostcopyCase):
     """Postcopy that comes to an end late, because nothing moves or it broke."""
 
     def through_proxy(self, path: str, label: str) -> tuple[Pair, Proxy]:
         """Bring a move into the middle of postcopy, with its channels in the test's hand."""
         pair = self.pair(label, here=_SHORT, there=_SHORT).start()
-        proxy = Proxy(int(pair.there.uri.split(":")[2]), only=b"QEMU-CHANNEL")
-        self.addCleanup(proxy.close)
+        proxy, uri = self.proxied(pair)
         slow = {"max-postcopy-bandwidth": 1 << 20}
-        pair.begin(path, "postcopy", bandwidth=4 << 20, tunables=slow, uri=proxy.uri)
+        pair.begin(path, "postcopy", bandwidth=4 << 20, tunables=slow, uri=uri)
         pair.postcopy()
         pair.wait(pair.here, "postcopy-active")
         pair.destination.wait_running()

@@ -82,7 +82,8 @@ class RefusedTests(RigCase):
         there.check_ram()
 
     def test_required(self) -> None:
-        """Where it is required, the migration is refused, and the guest stays."""
+        """Where it is required, the migration is refused, and the guest stays; here in-band."""
+        self.in_band = True
         here, there = self.guest(require("7.2"), "here").start(), self.waiting()
         source, destination = self.daemon_of(here), self.daemon_of(there)
         source.execute("migrate", guest="vm", uri=destination.uri, require=["postcopy-ram"])

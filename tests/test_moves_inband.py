@@ -15,9 +15,11 @@ from tests.rig.news import ask_until, wait_until
 from tests.rig.pair import PairCase, start
 from tests.rig.proofs import counted_without_a_gap, only_one_runs
 from tests.rig.proxy import Recorder
+from tests.test_faults_postcopy import KilledCase, SplitBrainCase
 from tests.test_faults_precopy import CANCEL, CUT, DESTINATION_QEMU, DESTINATION_QMIGD, FaultCase
 from tests.test_moves_journeys import JourneyCase
-from tests.test_moves_tls import TlsCase
+from tests.test_moves_mptcp import MptcpCase, require_mptcp
+from tests.test_moves_tls import RefusedCase, TlsCase
 from tests.test_moves_zero_copy import ZeroCopyCase
 
 #: How what a destination says begins: MIG_RP_MSG_FEATURES.
@@ -78,6 +80,57 @@ class FaultTests(FaultCase):
     def test_destination_qemu(self) -> None:
         """The destination's QEMU is killed, and its qmigd says so in its framing."""
         self.while_active(DESTINATION_QEMU, "handover", "11", "11", "postcopy")
+
+
+class PostcopyFaultTests(KilledCase):
+    """What breaks after the guest has been let go of."""
+
+    in_band = True
+
+    def test_source_qmigd(self) -> None:
+        """The source's qmigd is killed, and the next one asks."""
+        self.source_qmigd("handover", "7.2", "10.0")
+
+    def test_destination_qmigd(self) -> None:
+        """The destination's qmigd is killed, and the next one is asked."""
+        self.destination_qmigd("handover", "10.0", "11")
+
+    def test_relay(self) -> None:
+        """With a relay the stream is lost as well."""
+        self.relayed("11", source=False)
+
+
+class SplitBrainTests(SplitBrainCase):
+    """The connection breaks at the very end of postcopy."""
+
+    in_band = True
+
+    def test_relay(self) -> None:
+        """The source does not run again."""
+        self.under_qmigd("relay", "10.0")
+
+
+class MptcpTests(MptcpCase):
+    """Multipath TCP carries the framing, and what follows it."""
+
+    in_band = True
+
+    def setUp(self) -> None:
+        require_mptcp()
+
+    def test_relay(self) -> None:
+        """Every channel of a relay is one."""
+        self.move("7.2", path="relay", mode="multifd", least=4)
+
+
+class RefusedInTlsTests(RefusedCase):
+    """TLS that does not come about, within the framing."""
+
+    in_band = True
+
+    def test_foreign(self) -> None:
+        """A source of another CA."""
+        self.foreign()
 
 
 class InTlsTests(TlsCase):

@@ -25,11 +25,15 @@ _GUEST: Mapping[str, Any] = {"size": "32M", "dirty-rate": "16M/s", "pattern": "r
 
 
 class MemoryMoves(RigCase):
-    """Two daemons that know the same guest; it runs at the first one."""
+    """Two daemons that know the same guest; it runs at the first one.
+
+    The second one listens for the handshake's in-band form.
+    """
 
     def two(self, guest: Mapping[str, Any] = _GUEST, **options: Any) -> None:
         self.here = self.daemon("here", guests={"vm": {"memory": guest}}, **options)
         waiting = {"memory": {**guest, "incoming": True}}
+        self.in_band = True
         self.there = self.daemon("there", guests={"vm": waiting}, **options)
         self.source, self.destination = MemoryGuest.of(self.here), MemoryGuest.of(self.there)
         for one in (self.source, self.destination):

@@ -29,6 +29,15 @@ def accepted(what: str = "MPCapableACKRX", namespace: Namespace | None = None) -
     return int(dict(zip(names, numbers, strict=True))[what])
 
 
+def require_mptcp() -> None:
+    """Skip the test that asks where this host's kernel has none.
+
+    :raises SkipTest: with the reason.
+    """
+    if reason := is_available():
+        raise SkipTest(f"This host: {reason}.")
+
+
 class MptcpCase(JourneyCase):
     """Two daemons that have it switched on."""
 
@@ -48,8 +57,7 @@ class MptcpTests(MptcpCase):
     """On this host's kernel."""
 
     def setUp(self) -> None:
-        if reason := is_available():
-            raise SkipTest(f"This host: {reason}.")
+        require_mptcp()
 
     def test_handover(self) -> None:
         """QEMU is given such a socket."""
@@ -77,8 +85,7 @@ class TwoNetworksTests(JourneyCase):
     """Two hosts with two networks between them, one of which fails."""
 
     def setUp(self) -> None:
-        if reason := is_available():
-            raise SkipTest(f"This host: {reason}.")
+        require_mptcp()
 
     def test_one_is_lost(self) -> None:
         """A move goes on over the other network, though the first one takes every byte away."""

@@ -40,11 +40,14 @@ class NameTests(PairCase):
         (directory / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         return link
 
-    def check(self, path: str, mode: str, *addresses: str) -> None:
-        pair = self.pair(
-            "7.2", link=self.two_hosts(*addresses), there={"listen": ["tcp::16516"]}
-        ).start()
-        pair.move(path, mode, uri="tcp:far.example:16516")
+    def check(self, path: str, mode: str, *addresses: str, form: str = "") -> None:
+        """Move a guest to ``far.example``.
+
+        :param form: of the handshake, ``in-band:`` or nothing.
+        """
+        there = {"listen": [f"{form}tcp::16516"]}
+        pair = self.pair("7.2", link=self.two_hosts(*addresses), there=there).start()
+        pair.move(path, mode, uri=f"{form}tcp:far.example:16516")
         pair.prove_moved()
 
     def test_first_is_dead(self) -> None:
@@ -52,8 +55,8 @@ class NameTests(PairCase):
         self.check("direct", "multifd", _DEAD[0], "10.213.0.2")
 
     def test_ipv6(self) -> None:
-        """IPv6 is used where it answers, and IPv4 does not."""
-        self.check("direct", "precopy", _DEAD[1], _IPV6)
+        """IPv6 is used where it answers, and IPv4 does not; here with the handshake in-band."""
+        self.check("direct", "precopy", _DEAD[1], _IPV6, form="in-band:")
 
     def test_all_dead(self) -> None:
         """Where no address answers, or there is none, that is said, and the guest goes on."""

@@ -30,7 +30,10 @@ _FEATURES = {"rdma": ["rdma"], "rdma-pin-all": ["rdma", "rdma-pin-all"]}
 
 
 class RdmaCase(KernelCase, PairCase):
-    """Has a device, and two daemons that know it, for all tests: starting one takes seconds."""
+    """Has a device, and two daemons that know it, for all tests: starting one takes seconds.
+
+    The handshake is in its in-band form in one direction.
+    """
 
     _daemons: tuple[Daemon, Daemon] | None = None
 
@@ -42,7 +45,8 @@ class RdmaCase(KernelCase, PairCase):
         if RdmaCase._daemons is None:
             deadlines: dict[str, Any] = {"guest_deadline": 4, "peer_deadline": 6}
             here, there = (
-                Daemon(name, preloaded=True, **deadlines) for name in ("source's qmigd", "other")
+                Daemon(name, preloaded=True, in_band=in_band, **deadlines)
+                for name, in_band in (("source's qmigd", False), ("other", True))
             )
             start(here, there)
             RdmaCase._daemons = here, there

@@ -22,16 +22,16 @@ class Proxy:
     :ivar uri: the same for a daemon or a QEMU.
     """
 
-    def __init__(self, target: int | str, *, only: bytes = b"") -> None:
+    def __init__(self, target: int | str, *, but_first: bool = False) -> None:
         """Begin to listen.
 
         :param target: the port of 127.0.0.1 that connections are forwarded to, or the path
             of a unix socket; then it listens on another one beside that, and has no port.
-        :param only: :meth:`hold` and :meth:`drop` are for the connections that begin
-            with these bytes only.
+        :param but_first: :meth:`hold` and :meth:`drop` are not for the connection that is
+            made first, which is a migration's control connection.
         """
         self._target = target
-        self._only = only
+        self._but_first = but_first
         self._open = threading.Event()
         self._forward = threading.Event()
         self.let_go()
@@ -119,7 +119,7 @@ class Proxy:
         back.start()
         with contextlib.suppress(OSError):
             first = source.recv(65536)
-            meant = first.startswith(self._only)
+            meant = not self._but_first or bool(self._pairs)
             self._pairs.append((meant, source, destination))
             while first:
                 if meant:
@@ -200,18 +200,17 @@ class Deaf(Proxy):
 
 
 class Tamperer(Proxy):
-    """Changes one bit of what a source sends on a connection, once."""
+    """Changes one bit of what a source sends on a connection but the first, once."""
 
-    def __init__(self, uri: str, *, only: bytes, after: int) -> None:
+    def __init__(self, uri: str, *, after: int) -> None:
         """
         :param uri: of a daemon on 127.0.0.1.
-        :param only: how a connection begins that is meant.
         :param after: so many bytes are left alone first.
         """
         self.done = False
         self._after = after
         self._passed: dict[socket.socket, int] = {}
-        super().__init__(int(uri.rpartition(":")[2]), only=only)
+        super().__init__(int(uri.rpartition(":")[2]), but_first=True)
 
     def passed_on(self, data: bytes, source: socket.socket, *, by_source: bool) -> bytes:
         if self.done or not by_source or (True, source) not in [one[:2] for one in self._pairs]:
