@@ -33,7 +33,7 @@ from typing import Any, Literal
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from qmigd.daemon.config import parse
+from qmigd.daemon.config_file import parse
 from qmigd.daemon.service import QmigdService
 from qmigd.errors import GuestError, QmigdError
 from qmigd.features.registry import collect, load_features

@@ -26,7 +26,7 @@ from qmigd.channels.identity import check_host
 from qmigd.cli.main import main
 from qmigd.cli.options import Exit
 from qmigd.cli.pki import default_directory
-from qmigd.daemon.config import parse
+from qmigd.daemon.config_file import parse
 from qmigd.errors import ArgumentError, ConfigError
 from tests.rig import qemus
 from tests.rig.case import RigCase

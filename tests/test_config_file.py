@@ -15,10 +15,9 @@ from qmigd.daemon.config import (
     TlsConfig,
     default_state_dir,
     guest_config,
-    load,
-    parse,
     unknown_names,
 )
+from qmigd.daemon.config_file import load, parse
 from qmigd.daemon.toml_lines import find_lines
 from qmigd.errors import ArgumentError, ConfigError
 from qmigd.guests.memory.options import MemoryOptions

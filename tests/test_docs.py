@@ -16,7 +16,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.cli.options import LOCAL, SUBCOMMANDS
-from qmigd.daemon.config import parse
+from qmigd.daemon.config_file import parse
 from tests.rig.case import RigCase
 from tests.rig.daemons import free_ports
 from tests.rig.news import wait_until

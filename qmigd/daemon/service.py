@@ -50,7 +50,8 @@ from ..transports.reasons import not_listening
 from ..transports.uri import Door, InBandAddress, bare
 from ..wire.greeting import TLS
 from .commands import Commands
-from .config import Config, GuestConfig, TlsConfig, load, unknown_names
+from .config import Config, GuestConfig, TlsConfig, unknown_names
+from .config_file import load
 from .host import gather
 from .journal import FileJournal
 from .monitor import Monitor
