@@ -11,7 +11,7 @@ Nothing in this package does I/O: the daemon and its client both stand on it.
 from __future__ import annotations
 
 from .check import check_arguments, mismatch, nearest
-from .commands import COMMANDS, EVENTS, command
+from .commands import COMMANDS, command
 from .declare import (
     ANY,
     BOOL,
@@ -28,6 +28,7 @@ from .declare import (
     Struct,
     Type,
 )
+from .events import EVENTS
 from .schema import schema, structs
 from .where import SOCKET_VARIABLE, default_socket, greets_as, package
 

@@ -1,4 +1,4 @@
-"""The commands and the events."""
+"""The commands."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from types import MappingProxyType
 
 from ..errors import CommandNotFound
 from .check import nearest
-from .declare import BOOL, DICT, INT, NUMBER, STR, Command, Event, ListOf, Member
+from .declare import BOOL, DICT, STR, Command, ListOf, Member
+from .descriptor_commands import DESCRIPTOR_COMMANDS
 from .shapes import (
     AFTER,
-    CHANNEL,
     COMMAND_INFO,
-    ERROR,
     FEATURES,
     FORMAT,
     GUEST,
     LEGACY,
     MIGRATE,
     MIGRATION,
-    ROLE,
     SCHEMA_INFO,
     TUNABLE,
     VERSION,
 )
 
-__all__ = ["COMMANDS", "EVENTS", "command"]
+__all__ = ["COMMANDS", "command"]
 
 _NAMED = Member("guest", STR, "the guest's name, as in `query-guests`.")
 _NO_GUEST = ("guest-not-found", "There is no guest of that name.")
@@ -38,13 +36,6 @@ _TUNABLES = (
     "values by QEMU's own names, as in `query-tunables`. A string is turned into whatever type "
     'QEMU declares for that name, so `"4"` does where `4` would.'
 )
-
-_NO_CHANNEL = (
-    "argument",
-    "There is no descriptor of that name, or it is no stream socket that is connected and open "
-    "in both directions. It was closed.",
-)
-_FDNAME = Member("fdname", STR, "the name that `getfd` has given the descriptor.")
 
 _TLS_HOSTNAME = Member(
     "tls-hostname",
@@ -355,128 +346,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     ("guest", "QEMU refused a value; the text has its words."),
                 ),
             ),
-            Command(
-                "getfd",
-                "Take a file descriptor from this client, and give it a name.\n\n"
-                "The descriptor comes with the command, by SCM_RIGHTS. It belongs to this "
-                "connection: the commands that use it have to come over the same one, and what "
-                "none has taken is closed with it. A descriptor that had the name is closed.",
-                (Member("fdname", STR, "its name; it does not begin with a digit."),),
-                errors=(("argument", "No descriptor has come, or it cannot be called so."),),
-                descriptors=True,
-            ),
-            Command(
-                "closefd",
-                "Close a descriptor that `getfd` has given a name.",
-                (_FDNAME,),
-                errors=(("argument", "There is no descriptor of that name."),),
-                descriptors=True,
-            ),
-            Command(
-                "add-channel",
-                "Hand over a connection that a migration has asked for.\n\n"
-                "It answers a `CHANNEL_REQUEST`, on either side. At the source a channel of the "
-                "settled `CHANNEL_PLAN` can be handed over before it is asked for; what the "
-                "migration has not used when it is over is closed. The descriptor is qmigd's from "
-                "here on, whatever comes of it; the client closes its own copy.",
-                (
-                    Member("id", STR, "the migration."),
-                    Member("channel", STR, "the channel's name: `control`, `main` and so on."),
-                    _FDNAME,
-                    Member("index", INT, "which one of that name; 0 if left out.", optional=True),
-                ),
-                errors=(
-                    _NO_CHANNEL,
-                    ("migration", "The migration does not want this channel. It was closed."),
-                ),
-                descriptors=True,
-            ),
-            Command(
-                "incoming",
-                "Take in a connection that the other side's qmigd is at the far end of.\n\n"
-                "It is treated like one that was accepted on a port: what the peer says on it "
-                "first makes it the control connection of a migration or one of its payload "
-                "channels. It can be given any number of times. TLS has to be used on it where "
-                "the policy requires that, and where the socket leads to another host, as far as "
-                "the kernel can tell, unless `insecure` in `[daemon]` does without.",
-                (
-                    Member(
-                        "uri",
-                        STR,
-                        "`fd:FDNAME`, with the name that `getfd` has given the descriptor; "
-                        "`in-band:fd:FDNAME`, where the peer migrates to `in-band:fd:`.",
-                    ),
-                ),
-                errors=(_NO_CHANNEL,),
-                descriptors=True,
-            ),
-        )
-    }
-)
-
-
-EVENTS: Mapping[str, Event] = MappingProxyType(
-    {
-        declared.name: declared
-        for declared in (
-            Event(
-                "MIGRATION",
-                "The status of a migration has changed.",
-                (
-                    Member("id", STR, "The migration."),
-                    Member("guest", STR, "The guest, by its name on this side."),
-                    Member("role", ROLE, "Which side this daemon is."),
-                    Member("status", STR, "As in `query-migrate`."),
-                    Member("error", ERROR, "Why it failed.", optional=True),
-                ),
-            ),
-            Event(
-                "MIGRATION_PASS",
-                "The source's QEMU begins another pass over the guest's RAM.",
-                (
-                    Member("id", STR, "The migration."),
-                    Member("guest", STR, "The guest, by its name on this side."),
-                    Member("pass", INT, "Which pass, from 1."),
-                ),
-            ),
-            Event(
-                "CHANNEL_PLAN",
-                "A migration over `fd:` is going to want these payload channels.\n\n"
-                "The source says so twice. Before it asks for anything, `control` included, it "
-                "lists what this side could use (`settled` is false): there are not going to be "
-                "more, but perhaps fewer, which depends on the destination. What has been settled "
-                "comes before the first of them is asked for; the destination says this alone. "
-                "None is listed where the stream takes the control connection.",
-                (
-                    Member("id", STR, "The migration."),
-                    Member("guest", STR, "The guest, by its name on this side."),
-                    Member("role", ROLE, "Which side this daemon is."),
-                    Member("channels", ListOf(CHANNEL), "In the order in which QEMU opens them."),
-                    Member("settled", BOOL, "Whether it has been negotiated."),
-                ),
-            ),
-            Event(
-                "CHANNEL_REQUEST",
-                "A migration over `fd:` wants a connection to the peer.\n\n"
-                "It is answered with `getfd` and `add-channel`. The first one that a source asks "
-                "for is `control`; it is asked for again if it was lost just when the guest was "
-                "handed over, to find out what became of it.",
-                (
-                    Member("id", STR, "The migration."),
-                    Member("guest", STR, "The guest, by its name on this side."),
-                    Member("role", ROLE, "Which side this daemon is."),
-                    Member("channel", STR, "The channel's name: `control`, `main` and so on."),
-                    Member("index", INT, "Which one of that name, from 0."),
-                    Member(
-                        "timeout",
-                        NUMBER,
-                        "Seconds that the source waits; then the migration fails, and the guest "
-                        "goes on here. Absent at the destination, which waits for as long as the "
-                        "migration lasts.",
-                        optional=True,
-                    ),
-                ),
-            ),
+            *DESCRIPTOR_COMMANDS,
         )
     }
 )

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .commands import COMMANDS, EVENTS
+from .commands import COMMANDS
 from .declare import Builtin, Command, Enum, Event, ListOf, Member, Struct, Type
+from .events import EVENTS
 
 __all__ = ["schema", "structs"]
 
