@@ -224,6 +224,31 @@ class VectorTests(RamCase):
         self.assertEqual(wanted[sent:], rest)
 
 
+class ChannelTests(SynchronousTestCase):
+    def test_much(self) -> None:
+        """What comes in bulk is taken in bulk, and what is little is not waited with."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ours = Channel(socket.create_connection(server.getsockname()))
+            theirs = Channel(server.accept()[0])
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        wanted = np.random.default_rng(1).integers(0, 256, 16 << 20, np.uint8).tobytes()
+        thread = threading.Thread(target=ours.send, args=([wanted],))
+        thread.start()
+        received, space, pieces = bytearray(), memoryview(bytearray(4 << 20)), 0
+        while len(received) < len(wanted):
+            received += space[: theirs.receive_much(space)]
+            pieces += 1
+        thread.join()
+        self.assertEqual(wanted, bytes(received))
+        # The kernel hands over 64 KiB each time to somebody who takes all that there is.
+        self.assertLess(pieces, 128)
+        ours.send([b"little"])
+        self.assertEqual(b"little", space[: theirs.receive_much(space)])
+        ours.close()
+        self.assertEqual(0, theirs.receive_much(space))
+
+
 class OptionsTests(SynchronousTestCase):
     def test_table(self) -> None:
         """Sizes are written as people write them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
 import time
@@ -29,6 +30,12 @@ __all__ = ["Channel", "Lost", "Pace", "Rate", "check", "connect", "listen"]
 _VECTOR = 1024
 #: Bytes of a socket's buffers, where the kernel does not grow them by itself.
 _BUFFER = 1 << 20
+_INET = (socket.AF_INET, socket.AF_INET6)
+#: Bytes at once that show that much comes, how many are waited for then, and the seconds after
+#: which they are not.
+_BULK = 32 << 10
+_MUCH = 1 << 20
+_LULL = 0.001
 #: Seconds that a connection may take.
 _CONNECT = 10.0
 #: Seconds over which bandwidth is evened out (QEMU: BUFFER_DELAY in migration/migration.c).
@@ -108,7 +115,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
+        if sock.family in _INET:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         elif sock.family == socket.AF_UNIX:
@@ -118,6 +125,9 @@ class Channel:
         self.sent = 0
         self.received = 0
         self.closed = False
+        # The other kinds of sockets do not wait for more than one byte, or not in poll().
+        self._patient = sock.family in _INET and sock.proto in (0, socket.IPPROTO_TCP)
+        self._least = 1
 
     def send(self, buffers: Sequence[Any]) -> int:
         """Send them all, and return how many bytes they were.
@@ -165,12 +175,35 @@ class Channel:
 
         :raises Lost: the connection broke.
         """
+        self._wait_for(1)
+        return self._receive(into)
+
+    def _receive(self, into: memoryview) -> int:
         try:
             count = self.sock.recv_into(into)
         except OSError as error:
             raise Lost(error.strerror or str(error)) from None
         self.received += count
         return count
+
+    def receive_much(self, into: memoryview) -> int:
+        """The same, in larger pieces for as long as much comes.
+
+        Each piece wakes a thread up and is looked at by Python: that takes more time than the
+        pages in it where the kernel hands over each segment.
+        """
+        if self._least > 1 and not select.select([self.sock], [], [], _LULL)[0]:
+            self._wait_for(1)
+        count = self._receive(into)
+        if self._patient and count >= _BULK:
+            self._wait_for(_MUCH)
+        return count
+
+    def _wait_for(self, least: int) -> None:
+        """Have the kernel wake us up only when so many bytes are there, or the end."""
+        if least != self._least:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+            self._least = least
 
     def receive(self, into: memoryview) -> bool:
         """Fill a buffer; returns false if the connection ended before its first byte.

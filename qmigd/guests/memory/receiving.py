@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Receiver", "Torn"]
 
-#: Bytes that are received at one time: no more than the CPU's cache has room for.
-_RECEIVE = 512 << 10
-
+#: Bytes that are received at one time: so many that Python takes little time beside the
+#: kernel, and no more than the CPU's cache has room for.
+_RECEIVE = 2 << 20
 #: The same in postcopy.
 _POSTCOPY = 128 << 10
 #: Seconds that the last page on the preempt channel may be behind the main channel's.
@@ -95,8 +95,11 @@ class Receiver:
         data = memoryview(bytearray(_RECEIVE))
         try:
             while not self._whole():
-                # In postcopy less at a time: others want the interpreter meanwhile.
-                count = channel.receive_some(data if self._faults is None else data[:_POSTCOPY])
+                if self._faults is None:
+                    count = channel.receive_much(data)
+                else:
+                    # Less at a time: others want the interpreter meanwhile.
+                    count = channel.receive_some(data[:_POSTCOPY])
                 if not count:
                     if self._reader.ended:
                         break
