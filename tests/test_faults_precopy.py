@@ -595,7 +595,7 @@ class JournalTests(FaultCase):
         for daemon in (pair.here, pair.there):
             state = daemon.config["daemon"]["state-dir"]
             left = [name for _, names, files in os.walk(state) for name in (*names, *files)]
-            self.assertEqual(sorted(left), ["lock", "migrations", "run"], daemon.name)
+            self.assertEqual(sorted(left), ["lock", "migrations", "programs", "run"], daemon.name)
 
     def test_no_journal(self) -> None:
         """Where a daemon cannot put down how far a move is, there is none."""
