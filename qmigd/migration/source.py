@@ -76,6 +76,7 @@ class Outgoing(Settling):
     ) -> None:
         super().__init__(services, record, uri, policy, tunables, tls_hostname)
         self._ready: Mapping[str, Any] | None = None
+        self._ready_by = 0.0
         self._release_taken: Deferred[None] | None = None
         self._completed: float | None = None
         self._tuning = DeferredLock()
@@ -273,7 +274,9 @@ class Outgoing(Settling):
         else:
             control.listen(self._said)
             control.stay_alive(services.deadlines.peer)
-            await self._until_ready()
+            self._ready_by = self.now() + services.deadlines.guest
+            if plan.path == DIRECT:
+                await self._until_ready()
             assert self._path is not None
             at = network_of(control.transport.getPeer())
             channel = await self._path.open(at, self._ready or {})
@@ -316,13 +319,18 @@ class Outgoing(Settling):
             ) from None
 
     async def _until_ready(self) -> None:
-        """Wait until the destination's QEMU waits for the stream."""
-        end = self.now() + self.services.deadlines.guest
+        """Wait until the destination's QEMU waits for the stream.
+
+        Only to learn where: in a payload channel the stream waits for that QEMU by itself.
+        """
         while self._ready is None:
             self._raise_if_over()
-            if self.now() >= end:
-                raise DeadlineError("the destination's QEMU was not ready for the stream in time")
+            self._raise_if_not_ready()
             await self.rest()
+
+    def _raise_if_not_ready(self) -> None:
+        if self._ready is None and self.now() >= self._ready_by:
+            raise DeadlineError("the destination's QEMU was not ready for the stream in time")
 
     async def _watch(self) -> None:
         """Follow QEMU until its migration has completed.
@@ -342,6 +350,8 @@ class Outgoing(Settling):
                     "had not arrived is still here: do not end this QEMU"
                 )
             self._raise_if_over()
+            if not self.baseline:
+                self._raise_if_not_ready()
             self._raise_if_stalled(status)
             await self.rest()
 
