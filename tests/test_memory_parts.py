@@ -261,7 +261,7 @@ class OptionsTests(SynchronousTestCase):
         """What is wrong is named, with what would do."""
         for table, words in (
             ({"size": "12"}, "from 1048576 to"),
-            ({"size": "much"}, "size cannot be much"),
+            ({"size": "much"}, "size cannot be 'much'"),
             ({"size": 1 << 20 | 5}, "whole pages"),
             ({"dirty-rate": -1}, "dirty-rate cannot be -1"),
             ({"pattern": "randon"}, "did you mean random"),
