@@ -18,14 +18,13 @@ from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
 from qmigd.channels.attach import Attachments, open_channel
-from qmigd.channels.relay import (
+from qmigd.channels.relay import DestinationRelay, SourceRelay
+from qmigd.channels.relay_channels import (
     ChannelEnded,
     ChannelHeld,
     ChannelLost,
     ChannelRefused,
-    DestinationRelay,
     RelayEvent,
-    SourceRelay,
 )
 from qmigd.channels.secured import Secured
 from qmigd.errors import LocalError, PeerGone

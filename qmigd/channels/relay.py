@@ -24,8 +24,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import CannotListenError, ConnectError
@@ -34,6 +33,15 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
 
 from qmigd.channels.pump import Pump
+from qmigd.channels.relay_channels import (
+    Channel,
+    ChannelEnded,
+    ChannelHeld,
+    ChannelLost,
+    ChannelRefused,
+    ChannelState,
+    RelayEvent,
+)
 from qmigd.channels.tls import PeerSocket
 from qmigd.errors import GuestGone, LocalError, QmigdError
 from qmigd.interfaces import COPY, ICodec
@@ -41,97 +49,9 @@ from qmigd.transports.reasons import not_connected
 from qmigd.transports.sockets import detach
 from qmigd.transports.uri import MAX_UNIX_PATH, UnixAddress
 
-__all__ = [
-    "ChannelEnded",
-    "ChannelHeld",
-    "ChannelLost",
-    "ChannelRefused",
-    "ChannelState",
-    "DestinationRelay",
-    "RelayEvent",
-    "SourceRelay",
-]
+__all__ = ["DestinationRelay", "SourceRelay"]
 
 log = Logger()
-
-
-@dataclass(frozen=True)
-class RelayEvent:
-    """What a relay tells its owner.
-
-    :ivar channel: name and index.
-    :ivar reason: for people.
-    """
-
-    channel: tuple[str, int] | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class ChannelLost(RelayEvent):
-    """The peer's side of a channel broke, or could not be opened.
-
-    The guest's side is closed when the owner returns, unless the relay is on hold.
-    """
-
-
-@dataclass(frozen=True)
-class ChannelHeld(RelayEvent):
-    """The peer has closed its side of a channel, and QEMU is not told, being on hold."""
-
-
-@dataclass(frozen=True)
-class ChannelEnded(RelayEvent):
-    """Nothing is left of a channel: no socket and no thread."""
-
-
-@dataclass(frozen=True)
-class ChannelRefused(RelayEvent):
-    """QEMU opened one more connection than planned, which was closed."""
-
-
-@dataclass(frozen=True)
-class ChannelState:
-    """One channel, as far as it is.
-
-    :ivar sent: bytes of the guest's stream to the peer.
-    :ivar received: bytes of the guest's stream from the peer.
-    :ivar state: ``opening``: one end is there; ``lost``: the peer's end broke and the
-        guest's is held open.
-    """
-
-    name: str
-    index: int
-    state: Literal["opening", "open", "lost", "ended"]
-    sent: int = 0
-    received: int = 0
-
-
-class _Channel:
-    """A channel whose one end is there."""
-
-    def __init__(self, name: str, index: int, first: PeerSocket) -> None:
-        self.name = name
-        self.index = index
-        self.first: PeerSocket | None = first
-        self.pump: Pump | None = None
-        self.lost = False
-
-    @property
-    def id(self) -> tuple[str, int]:
-        return (self.name, self.index)
-
-    def state(self) -> ChannelState:
-        pump = self.pump
-        if pump is None:
-            what: Literal["opening", "open", "lost", "ended"] = "opening"
-            if self.first is None:
-                what = "ended"
-            elif self.lost:
-                what = "lost"
-            return ChannelState(self.name, self.index, what)
-        what = "ended" if pump.ended is not None else "lost" if pump.lost is not None else "open"
-        return ChannelState(self.name, self.index, what, pump.sent, pump.received)
 
 
 class _Relay(ABC):
@@ -154,8 +74,8 @@ class _Relay(ABC):
         self._inward = inward
         self._hold = False
         self._aborted: str | None = None
-        self._channels: list[_Channel] = []
-        self._queue: deque[_Channel] = deque()
+        self._channels: list[Channel] = []
+        self._queue: deque[Channel] = deque()
         self._working = False
         self._opening: Deferred[PeerSocket] | None = None
         self._stopped: list[Deferred[None]] = []
@@ -226,25 +146,25 @@ class _Relay(ABC):
     # for the two sides
 
     @abstractmethod
-    async def _other_end(self, channel: _Channel) -> PeerSocket: ...
+    async def _other_end(self, channel: Channel) -> PeerSocket: ...
 
     @abstractmethod
     def _sockets(self, first: Any, second: Any) -> tuple[socket.socket, PeerSocket]:
         """Return the guest's and the peer's."""
 
     @abstractmethod
-    def _failed(self, channel: _Channel, reason: str) -> None:
+    def _failed(self, channel: Channel, reason: str) -> None:
         """The other end cannot be had."""
 
     def _begin(self, name: str, index: int, first: PeerSocket) -> None:
-        channel = _Channel(name, index, first)
+        channel = Channel(name, index, first)
         self._channels.append(channel)
         self._queue.append(channel)
         if not self._working:
             self._working = True
             Deferred.fromCoroutine(self._work())
 
-    def _drop(self, channel: _Channel, reason: str) -> None:
+    def _drop(self, channel: Channel, reason: str) -> None:
         """Close the one end that is there."""
         if channel.first is not None:
             channel.first.close()
@@ -288,7 +208,7 @@ class _Relay(ABC):
         self._working = False
         self._check_stopped()
 
-    def _have(self, channel: _Channel, second: PeerSocket) -> None:
+    def _have(self, channel: Channel, second: PeerSocket) -> None:
         first, channel.first = channel.first, None
         if first is None:
             # Aborted meanwhile.
@@ -296,7 +216,7 @@ class _Relay(ABC):
         else:
             self._join(channel, *self._sockets(first, second))
 
-    def _join(self, channel: _Channel, guest: socket.socket, wire: PeerSocket) -> None:
+    def _join(self, channel: Channel, guest: socket.socket, wire: PeerSocket) -> None:
         try:
             channel.pump = Pump(
                 f"{channel.name} {channel.index}",
@@ -407,13 +327,13 @@ class SourceRelay(_Relay):
         else:
             self._begin(*self._planned.popleft(), sock)
 
-    async def _other_end(self, channel: _Channel) -> PeerSocket:
+    async def _other_end(self, channel: Channel) -> PeerSocket:
         return await self._open_channel(channel.name, channel.index)
 
     def _sockets(self, first: Any, second: Any) -> tuple[socket.socket, PeerSocket]:
         return first, second
 
-    def _failed(self, channel: _Channel, reason: str) -> None:
+    def _failed(self, channel: Channel, reason: str) -> None:
         channel.lost = True
         self._tell(ChannelLost(channel.id, reason))
         if not self._hold:
@@ -450,7 +370,7 @@ class DestinationRelay(_Relay):
         else:
             self._begin(name, index, wire)
 
-    async def _other_end(self, channel: _Channel) -> PeerSocket:
+    async def _other_end(self, channel: Channel) -> PeerSocket:
         taking: Deferred[socket.socket] = Deferred()
         factory = Factory.forProtocol(lambda: _Taking(taking.callback))
         try:
@@ -465,7 +385,7 @@ class DestinationRelay(_Relay):
     def _sockets(self, first: Any, second: Any) -> tuple[socket.socket, PeerSocket]:
         return second, first
 
-    def _failed(self, channel: _Channel, reason: str) -> None:
+    def _failed(self, channel: Channel, reason: str) -> None:
         self._drop(channel, reason)
 
 

@@ -9,12 +9,8 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from ..channels.attach import Line
-from ..channels.relay import (
-    ChannelHeld,
-    ChannelLost,
-    DestinationRelay,
-    RelayEvent,
-)
+from ..channels.relay import DestinationRelay
+from ..channels.relay_channels import ChannelHeld, ChannelLost, RelayEvent
 from ..errors import GuestError, QmigdError
 from ..interfaces import DIRECT, RELAY, Guest
 from ..negotiation.allow import PeerNames

@@ -31,14 +31,13 @@ from typing import Any
 from twisted.logger import Logger
 
 from ..channels.codecs import chain
-from ..channels.relay import (
+from ..channels.relay import DestinationRelay, SourceRelay
+from ..channels.relay_channels import (
     ChannelEnded,
     ChannelHeld,
     ChannelLost,
     ChannelRefused,
-    DestinationRelay,
     RelayEvent,
-    SourceRelay,
 )
 from ..channels.tls import PeerSocket, TlsSocket
 from ..errors import (

@@ -197,7 +197,7 @@ def _say(text: str) -> None:
 
 
 def _heard(event: Any) -> None:
-    from qmigd.channels.relay import ChannelEnded
+    from qmigd.channels.relay_channels import ChannelEnded
 
     if not isinstance(event, ChannelEnded):
         print(event, file=sys.stderr)
