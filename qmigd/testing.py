@@ -40,7 +40,8 @@ from qmigd.features.registry import collect, load_features
 from qmigd.guests.memory.monitor import Monitor
 from qmigd.guests.memory.options import Start, from_table
 from qmigd.interfaces import IFeature
-from qmigd.qmp.client import QMPClient, connect
+from qmigd.qmp.client import QMPClient
+from qmigd.qmp.connecting import connect
 from qmigd.waiting import with_deadline
 
 __all__ = ["GUEST", "Host", "Moved", "Pair"]

@@ -10,7 +10,8 @@ from twisted.internet.task import Clock
 
 from qmigd.cli.progress import watch
 from qmigd.errors import MigrationError
-from qmigd.qmp.client import QMPClient, connect
+from qmigd.qmp.client import QMPClient
+from qmigd.qmp.connecting import connect
 
 from .management import MIGRATION, ManagementTestCase, Scripted, entry
 

@@ -14,7 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from qmigd.errors import ArgumentError
 from qmigd.guests import schema
 from qmigd.interfaces import Tunable
-from qmigd.qmp.client import connect
+from qmigd.qmp.connecting import connect
 from tests.rig.case import RigCase
 from tests.rig.qemus import LABELS, require
 

@@ -15,7 +15,8 @@ from qmigd import __version__
 from qmigd.api import COMMANDS
 from qmigd.daemon.monitor import Monitor
 from qmigd.errors import ConfigError, GuestNotFound
-from qmigd.qmp.client import QMPClient, QMPRefusal, connect
+from qmigd.qmp.client import QMPClient, QMPRefusal
+from qmigd.qmp.connecting import connect
 
 from .management import ManagementTestCase, Scripted
 

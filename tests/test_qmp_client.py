@@ -20,8 +20,9 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface import implementer
 
 from qmigd.errors import ArgumentError, DeadlineError, GuestBusy, GuestError, GuestGone
-from qmigd.qmp.client import COMMAND_DEADLINE, QUEUE_POLL, QMPClient, QMPRefusal, connect
+from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPRefusal
 from qmigd.qmp.codec import Decoder
+from qmigd.qmp.connecting import QUEUE_POLL, connect
 from qmigd.waiting import together
 
 GREETING: dict[str, Any] = {

@@ -16,7 +16,8 @@ from twisted.internet.defer import CancelledError, Deferred
 
 from ..api import SOCKET_VARIABLE, default_socket, greets_as
 from ..errors import DeadlineError, GuestError, GuestGone, QmigdError
-from ..qmp.client import QMPRefusal, connect
+from ..qmp.client import QMPRefusal
+from ..qmp.connecting import connect
 from .commands import RUN, Session
 from .ending import INTERRUPTED, Ending, bug, fail
 from .options import Exit

@@ -23,7 +23,8 @@ from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.guests import builds, describe, process, schema
 from qmigd.guests.quirks import CONNECTED_FIRST, POSTCOPY_WITHOUT_PAGES, SEVERAL_CHANNELS
 from qmigd.interfaces import Examined, GuestFacts, Settings, Tunable
-from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal, connect
+from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal
+from qmigd.qmp.connecting import connect
 from qmigd.waiting import together
 
 __all__ = ["GONE", "Known", "QemuGuest"]
