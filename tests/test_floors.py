@@ -30,6 +30,7 @@ _FLOORS = (
     {"qmp", "transports", "negotiation", "wire"},
     {"stream"},
     {"api"},
+    {"backend"},
     {"interfaces"},
     {"waiting"},
     {"errors"},

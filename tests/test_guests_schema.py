@@ -11,9 +11,9 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from qmigd.backend import Tunable
 from qmigd.errors import ArgumentError
 from qmigd.guests import schema
-from qmigd.interfaces import Tunable
 from qmigd.qmp.connecting import connect
 from tests.rig.case import RigCase
 from tests.rig.qemus import LABELS, require

@@ -11,10 +11,10 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 
+from qmigd.backend import Guest
 from qmigd.errors import GuestGone, MigrationError, PeerGone
 from qmigd.handshake.destination import DestinationHandshake
 from qmigd.handshake.events import Released, Selected
-from qmigd.interfaces import Guest
 from qmigd.migration.control import Control
 from qmigd.migration.destination import Incoming
 from qmigd.migration.destination_path import DestinationPath

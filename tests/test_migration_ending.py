@@ -9,8 +9,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from qmigd.backend import Guest
 from qmigd.errors import DeadlineError, QmigdError
-from qmigd.interfaces import Guest
 from qmigd.migration.move import SETS_UP_WITHIN, Move
 from qmigd.migration.services import Deadlines, Services
 from qmigd.migration.status import Records

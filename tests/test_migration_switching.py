@@ -9,8 +9,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import SynchronousTestCase
 
+from qmigd.backend import Guest
 from qmigd.errors import GuestError, GuestGone
-from qmigd.interfaces import Guest, Settings
+from qmigd.interfaces import Settings
 from qmigd.migration.switching import BANDWIDTH, HELD, LEFT, Hold, start_postcopy
 
 #: What its owner has set.

@@ -18,8 +18,9 @@ from twisted.internet.defer import Deferred, DeferredList
 
 from .. import __version__
 from ..api import COMMANDS, nearest, schema
+from ..backend import Guest, Tunable
 from ..errors import ArgumentError, GuestNotFound, MigrationError
-from ..interfaces import PATHS, QEMU, Guest, GuestFacts, No, Role, Tunable
+from ..interfaces import PATHS, QEMU, GuestFacts, No, Role
 from ..migration.offer import not_offered
 from ..migration.restoring import RestoreOptions, Restoring
 from ..migration.saving import SaveOptions, Saving

@@ -12,11 +12,11 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ..api import nearest
+from ..backend import Guest
 from ..errors import DeadlineError, GuestBusy, GuestError, GuestGone, GuestNotFound
 from ..guests.launch import Launcher
 from ..guests.memory.options import moved_away
 from ..guests.qemu import Known, QemuGuest
-from ..interfaces import Guest
 from ..migration.move import OVER
 from ..waiting import together, with_deadline
 from .config import GuestConfig

@@ -19,10 +19,11 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from qmigd.api import greets_as
+from qmigd.backend import Examined, Tunable
 from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
 from qmigd.guests import builds, describe, process, schema
 from qmigd.guests.quirks import CONNECTED_FIRST, POSTCOPY_WITHOUT_PAGES, SEVERAL_CHANNELS
-from qmigd.interfaces import Examined, GuestFacts, Settings, Tunable
+from qmigd.interfaces import GuestFacts, Settings
 from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal
 from qmigd.qmp.connecting import connect
 from qmigd.waiting import together
@@ -68,7 +69,7 @@ class Known:
 
 
 class QemuGuest:
-    """One QEMU; provides :class:`qmigd.interfaces.Guest`."""
+    """One QEMU; provides :class:`qmigd.backend.Guest`."""
 
     backend = "qemu"
 

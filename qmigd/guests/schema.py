@@ -17,8 +17,8 @@ from difflib import get_close_matches
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from qmigd.backend import Tunable
 from qmigd.errors import ArgumentError
-from qmigd.interfaces import Tunable
 from qmigd.qmp.client import QMPClient
 
 __all__ = ["NULLABLE", "Schema", "coerce", "find", "of", "read"]

@@ -14,6 +14,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from ..backend import Guest
 from ..errors import (
     DeadlineError,
     GuestGone,
@@ -26,7 +27,7 @@ from ..handshake.events import (
     Released,
     Selected,
 )
-from ..interfaces import Guest, Settings
+from ..interfaces import Settings
 from ..transports.descriptors import DescriptorAddress
 from ..waiting import together
 from .answering import Answering

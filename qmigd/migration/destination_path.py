@@ -8,11 +8,12 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
+from ..backend import Guest
 from ..channels.attach import Line
 from ..channels.relay import DestinationRelay
 from ..channels.relay_channels import ChannelHeld, ChannelLost, RelayEvent
 from ..errors import GuestError, QmigdError
-from ..interfaces import DIRECT, RELAY, Guest
+from ..interfaces import DIRECT, RELAY
 from ..negotiation.allow import PeerNames
 from ..negotiation.plan import MAIN, Plan
 from ..transports.uri import Network

@@ -15,8 +15,9 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from ..backend import Examined, Guest
 from ..errors import DeadlineError, GuestError, MigrationError, QmigdError
-from ..interfaces import Examined, Guest, GuestFacts, PeerIdentity, Role, Settings
+from ..interfaces import GuestFacts, PeerIdentity, Role, Settings
 from ..negotiation.allow import PeerNames
 from ..negotiation.plan import Plan
 from .services import Services

@@ -20,6 +20,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, DeferredList, succeed
 from twisted.logger import Logger
 
+from ..backend import Examined
 from ..channels.secured import TlsSide
 from ..errors import DeadlineError, FeatureError, GuestError, MigrationError, ProtocolError
 from ..handshake.events import FeatureSaid, Prepared, Secured
@@ -32,7 +33,6 @@ from ..interfaces import (
     PATHS,
     QEMU,
     TCP,
-    Examined,
     GuestFacts,
     No,
     Settings,

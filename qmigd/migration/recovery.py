@@ -13,9 +13,10 @@ from typing import Any
 
 from twisted.logger import Logger
 
+from ..backend import Guest
 from ..channels.saved_files import discard
 from ..errors import GuestGone, QmigdError
-from ..interfaces import RELAY, Guest, Role, Settings
+from ..interfaces import RELAY, Role, Settings
 from ..transports.programs import reach
 from ..transports.uri import InBandAddress, bare, parse_uri
 from .move import Move

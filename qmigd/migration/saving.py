@@ -25,11 +25,12 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from .. import __version__
+from ..backend import Guest
 from ..channels.file_streams import pour_out
 from ..channels.pump import SEND_BUFFER
 from ..channels.saved_files import NewFile, checksum, sync
 from ..errors import DeadlineError, FileError, MigrationError, QmigdError
-from ..interfaces import MAPPED_RAM, ZSTD, Guest, GuestFacts
+from ..interfaces import MAPPED_RAM, ZSTD, GuestFacts
 from ..transports.sockets import set_send_buffer
 from ..waiting import in_thread, together
 from ..wire.saved import NO_CHECKSUM, Head, offset_for

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..backend import Guest
 from ..channels.attach import Attachments
-from ..interfaces import Guest, GuestFacts, Host, IFeature
+from ..interfaces import GuestFacts, Host, IFeature
 from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.descriptors import ChannelRequests

@@ -21,6 +21,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
+from ..backend import Guest
 from ..errors import (
     DeadlineError,
     GuestError,
@@ -30,7 +31,7 @@ from ..errors import (
     QmigdError,
 )
 from ..handshake.events import Event, Outcome, StatusSaid
-from ..interfaces import DIRECT, Guest, GuestFacts, PeerIdentity
+from ..interfaces import DIRECT, GuestFacts, PeerIdentity
 from ..negotiation.plan import Plan
 from ..negotiation.policy import Policy
 from ..transports.uri import Address, FdAddress, Reachable, TcpAddress, network_of

@@ -11,6 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from ..backend import Guest
 from ..channels.attach import open_channel
 from ..channels.inband import InBand
 from ..channels.relay import (
@@ -21,7 +22,7 @@ from ..channels.secured import Secured, TlsSide
 from ..channels.tls import PeerSocket
 from ..errors import PeerGone, ProtocolError, QmigdError
 from ..handshake.channel import ChannelHandshake
-from ..interfaces import DIRECT, HANDOVER, Guest
+from ..interfaces import DIRECT, HANDOVER
 from ..negotiation.plan import MAIN, Plan
 from ..transports.mptcp import carries_mptcp
 from ..transports.uri import FdAddress, Network, Reachable, TcpAddress

@@ -10,8 +10,9 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ..backend import Guest
 from ..errors import FeatureError, GuestError, MigrationError, QmigdError
-from ..interfaces import Guest, Settings
+from ..interfaces import Settings
 from ..negotiation.policy import Policy
 from ..transports.uri import Address, FdAddress
 from .ownership import Peer, Released

@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from ..backend import Guest
 from ..errors import GuestError
-from ..interfaces import Guest, Settings
+from ..interfaces import Settings
 
 __all__ = ["BANDWIDTH", "HELD", "LEFT", "Hold", "start_postcopy"]
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qmigd.backend import Tunable
 from qmigd.errors import ArgumentError
 from qmigd.guests.schema import coerce
-from qmigd.interfaces import Tunable
 
 __all__ = [
     "DEFER",
