@@ -12,7 +12,8 @@ from tests.rig.pair import Pair, PairCase
 class VsockTests(KernelCase, PairCase):
     def vsock_pair(self, label: str, port: int) -> Pair:
         subprocess.run(["modprobe", "vsock_loopback"], check=True)
-        return self.pair(label, there={"listen": [f"vsock:1:{port}"]})
+        form = "in-band:" if self.in_band else ""
+        return self.pair(label, there={"listen": [f"{form}vsock:1:{port}"]})
 
     def test_direct(self) -> None:
         """QEMU connects to the other one by vsock itself."""
@@ -21,7 +22,11 @@ class VsockTests(KernelCase, PairCase):
         pair.prove_moved()
 
     def test_tls(self) -> None:
-        """Channels are relayed in TLS, which the kernel is not asked to do: it can for TCP only."""
+        """Channels are relayed in TLS, which the kernel is not asked to do: it can for TCP only.
+
+        The handshake has its in-band form here.
+        """
+        self.in_band = True
         authority = Authority(self.mktemp())
         pair = self.vsock_pair("7.2", 7001)
         for daemon, name in ((pair.here, "hosta.example"), (pair.there, "hostb.example")):
