@@ -59,6 +59,7 @@ __all__ = [
     "PagePacket",
     "Unpacker",
     "packet_size",
+    "page_packet_size",
     "read_initial",
     "read_packet",
     "runs",
@@ -90,7 +91,6 @@ _DEVICE: Final = struct.Struct(">III256sII")
 #: Bytes of an initial packet, and of what says how long any other is.
 INITIAL_SIZE: Final = _INITIAL.size
 HEAD_SIZE: Final = _HEAD.size
-
 #: Offsets of pages within their block, in bytes.
 Offsets: TypeAlias = NDArray[np.uint64]
 
@@ -273,10 +273,12 @@ def runs(ram: Buffer, offsets: ArrayLike, page_size: int = DEFAULT_PAGE_SIZE) ->
     places = np.asarray(offsets, np.int64)
     if not len(places):
         return []
-    breaks = np.flatnonzero(np.diff(places) != page_size) + 1
+    view = memoryview(ram)
+    breaks = np.flatnonzero(places[1:] != places[:-1] + page_size) + 1
+    if not len(breaks):
+        return [view[int(places[0]) : int(places[-1]) + page_size]]
     starts = places[np.concatenate(([0], breaks))].tolist()
     ends = places[np.concatenate((breaks - 1, [-1]))].tolist()
-    view = memoryview(ram)
     return [view[start : end + page_size] for start, end in zip(starts, ends, strict=True)]
 
 
@@ -317,6 +319,11 @@ def packet_size(head: Buffer, page_size: int, offset: int = 0) -> int:
         )
     if flags & DEVICE_STATE:
         return _DEVICE.size
+    return page_packet_size(page_size)
+
+
+def page_packet_size(page_size: int) -> int:
+    """Return the bytes of a packet in front of pages of this size."""
     return _PAGES.size + 8 * (PACKET_SIZE // page_size)
 
 

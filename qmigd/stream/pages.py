@@ -92,7 +92,9 @@ def zero_pages(pages: NDArray[np.uint8]) -> NDArray[np.bool_]:
     count, size = pages.shape
     result = np.zeros(count, np.bool_)
     step = max(size // _SAMPLES, 1)
-    candidates = np.flatnonzero(~pages[:, ::step].any(axis=1))
+    candidates = np.flatnonzero(pages[:, 0] == 0)
+    if len(candidates):
+        candidates = candidates[~pages[candidates, ::step].any(axis=1)]
     # not many at once: they are copied, to be in one piece
     for start in range(0, len(candidates), 64):
         some = candidates[start : start + 64]

@@ -205,22 +205,25 @@ class Channel:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
             self._least = least
 
-    def receive(self, into: memoryview) -> bool:
-        """Fill a buffer; returns false if the connection ended before its first byte.
+    def receive(self, *into: memoryview) -> bool:
+        """Fill buffers; returns false if the connection ended before the last one's first byte.
 
-        :raises Lost: the connection broke, or ended within.
+        :raises Lost: the connection broke, or ended elsewhere.
         """
-        at = 0
+        left = list(into)
         try:
-            while at < len(into):
+            while left:
                 # In one call, without the interpreter's lock, however many segments it takes.
-                count = self.sock.recv_into(into[at:], 0, socket.MSG_WAITALL)
+                count = self.sock.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
                 self.received += count
                 if not count:
-                    if not at:
+                    if len(left) == 1 and len(left[0]) == len(into[-1]):
                         return False
                     raise Lost("the other side closed the connection")
-                at += count
+                while left and count >= len(left[0]):
+                    count -= len(left.pop(0))
+                if count:
+                    left[0] = left[0][count:]
         except OSError as error:
             raise Lost(error.strerror or str(error)) from None
         return True

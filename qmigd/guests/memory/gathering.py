@@ -91,29 +91,37 @@ class Gathering:
         compression = self._machine.settings["multifd-compression"]
         unpack = None if compression == "none" else multifd.Decompressor(compression)
         blocks = {self._ram.name: self._ram.size}
-        head = memoryview(bytearray(1 << 16))
+        # That of a device's state, which would be refused, is shorter.
+        head = memoryview(bytearray(multifd.page_packet_size(PAGE)))
         space = np.empty((multifd.PACKET_SIZE // PAGE, PAGE), np.uint8)
-        while True:
-            if not channel.receive(head[: multifd.HEAD_SIZE]):
-                if self._closed:
-                    return
-                raise Lost("it ended before the stream did")
-            size = multifd.packet_size(head[: multifd.HEAD_SIZE], PAGE)
-            if not channel.receive(head[multifd.HEAD_SIZE : size]):
-                raise Lost("it ended in a packet")
-            packet = multifd.read_packet(head[:size], PAGE, 0, blocks)
+        there = channel.receive(head)
+        while there:
+            multifd.packet_size(head[: multifd.HEAD_SIZE], PAGE)
+            packet = multifd.read_packet(head, PAGE, 0, blocks)
             if not isinstance(packet, multifd.PagePacket):
                 raise Lost("it brings the state of a device that this guest lacks")
             if packet.compression != compression and len(packet.normal):
                 raise Lost(f"its pages are compressed by {packet.compression}, not {compression}")
             normal = (packet.normal // PAGE).astype(np.int64)
+            ahead = False
             if not len(normal):
                 pass
-            elif unpack is None:
-                self._receive_pages(channel, normal, space)
-            else:
+            elif unpack is not None:
                 data = unpack(channel.take(packet.payload), len(normal) * PAGE)
                 self._put(normal, np.frombuffer(data, np.uint8).reshape(-1, PAGE))
+            elif (places := self._ram.places(runs(normal))) is None:
+                rows = space[: len(normal)]
+                if not channel.receive(view_of(rows)):
+                    raise Lost("it ended in a packet")
+                self._put(normal, rows)
+            elif packet.sync:
+                if not channel.receive(*places):
+                    raise Lost("it ended in a packet")
+                self._received[normal] = True
+            else:
+                # The next packet as well, since each call has to wait for the interpreter's lock.
+                ahead, there = True, channel.receive(*places, head)
+                self._received[normal] = True
             if len(packet.zero):
                 zero = (packet.zero // PAGE).astype(np.int64)
                 for first, end in runs(np.sort(zero)):
@@ -121,20 +129,10 @@ class Gathering:
                 self._received[zero] = True
             if packet.sync:
                 self._wait()
-
-    def _receive_pages(self, channel: Channel, pages: Pages, space: NDArray[np.uint8]) -> None:
-        """Receive pages straight into the RAM, or where that takes longer into ``space`` first."""
-        places = self._ram.places(runs(pages))
-        if places is None:
-            rows = space[: len(pages)]
-            if not channel.receive(view_of(rows)):
-                raise Lost("it ended in a page")
-            self._put(pages, rows)
-            return
-        for place in places:
-            if not channel.receive(place):
-                raise Lost("it ended in a page")
-        self._received[pages] = True
+            if not ahead:
+                there = channel.receive(head)
+        if not self._closed:
+            raise Lost("it ended before the stream did")
 
     def _put(self, pages: Pages, data: NDArray[np.uint8]) -> None:
         at = 0

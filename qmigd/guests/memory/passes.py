@@ -62,7 +62,8 @@ class Passes:
         machine, progress = self._machine, self._progress
         throttle = Throttle(machine)
         left = np.ones(machine.ram.pages, np.bool_)
-        present: NDArray[np.bool_] | None = machine.ram.present()
+        ram = machine.ram
+        present: NDArray[np.bool_] | None = None if ram.allocated else ram.present()
         while True:
             progress.syncs += 1
             machine.event("MIGRATION_PASS", {"pass": progress.syncs})

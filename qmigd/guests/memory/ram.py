@@ -43,6 +43,7 @@ class Ram:
     :ivar host: its pages as the engine sees them, ``uint8``, a page each row.
     :ivar bytes: the same as one buffer.
     :ivar address: where it is as the workload sees it.
+    :ivar allocated: all of it got its memory beforehand.
     :ivar log: which pages were written, as the workload notes it down; ``None``: it does not.
     """
 
@@ -61,7 +62,7 @@ class Ram:
         self.host = np.frombuffer(self._mapping, np.uint8).reshape(self.pages, PAGE)
         self.bytes = memoryview(self._mapping)
         self.address = map_shared(self.descriptor, size)
-        self._allocated = allocated
+        self.allocated = allocated
         if allocated:
             for address in (self.host.ctypes.data, self.address):
                 populate(address, size)
@@ -119,7 +120,7 @@ class Ram:
         :param data: a row for each.
         :raises OSError: there is no memory left.
         """
-        if self._allocated:
+        if self.allocated:
             whole = np.dtype(("V", PAGE))  # one item each: twice as fast as rows of bytes
             self.host[first : first + len(data)].view(whole)[:] = data.view(whole)
             return
@@ -137,7 +138,7 @@ class Ram:
         ``None`` where :meth:`put` takes less time: the memory would come by faults, or there are
         many short runs.
         """
-        if not self._allocated or len(runs) > _PLACES:
+        if not self.allocated or len(runs) > _PLACES:
             return None
         return [self.bytes[first * PAGE : end * PAGE] for first, end in runs]
 
@@ -157,7 +158,9 @@ def runs(pages: Pages) -> list[tuple[int, int]]:
     """Return sorted numbers of pages as runs: first, and end."""
     if not len(pages):
         return []
-    breaks = np.flatnonzero(np.diff(pages) != 1)
+    breaks = np.flatnonzero(pages[1:] != pages[:-1] + 1)
+    if not len(breaks):
+        return [(int(pages[0]), int(pages[-1]) + 1)]
     firsts = pages[np.concatenate(([0], breaks + 1))]
     lasts = pages[np.concatenate((breaks, [len(pages) - 1]))]
     return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
