@@ -19,6 +19,7 @@ from qmigd.transports.uri import (
     UnixAddress,
     VsockAddress,
     bare,
+    parse_peer,
     parse_uri,
 )
 
@@ -92,6 +93,19 @@ class ParsingTests(SynchronousTestCase):
             error = self.assertRaises(ArgumentError, parse_uri, text)
             self.assertIn(said, error.text)
             self.assertEqual(error.code, "argument")
+
+    def test_peer(self) -> None:
+        """Where one can listen on every address, nobody can be connected to."""
+        for text, said in {
+            "tcp::70": "leads to no host and port",
+            "tcp:hostb:0": "leads to no host and port",
+            "in-band:tcp::70": "leads to no host and port",
+            "vsock::70": "leads to no machine",
+        }.items():
+            self.assertIn(said, self.assertRaises(ArgumentError, parse_peer, text).text)
+            parse_uri(text)
+        for text in ("tcp:hostb", "tcp:[::1]:70", "vsock:2:70", "unix:x", "fd:", "exec:nc hostb"):
+            self.assertEqual(parse_peer(text), parse_uri(text))
 
     def test_argv(self) -> None:
         """A program's own arguments go with "exec:"; as a text they come to the same."""

@@ -28,7 +28,7 @@ from ..migration.services import Services
 from ..migration.source import Outgoing, new_id
 from ..negotiation.obstacles import Obstacle
 from ..negotiation.policy import Legacy, Policy
-from ..transports.uri import Address, InBandAddress, TcpAddress, bare, parse_uri
+from ..transports.uri import Address, InBandAddress, TcpAddress, bare, parse_peer
 from ..wire.greeting import VERSION
 from .channel_commands import ChannelCommands
 from .config import guest_config, unknown_names
@@ -274,7 +274,7 @@ class Commands(ChannelCommands):
 
     def _address(self, uri: str, argv: Sequence[str]) -> Address:
         """:raises ArgumentError: it is no place where a peer could be."""
-        address = parse_uri(uri, argv)
+        address = parse_peer(uri, argv)
         place = bare(address)
         if isinstance(place, TcpAddress) and self._services.host.mptcp:
             place = replace(place, mptcp=True)

@@ -49,6 +49,7 @@ __all__ = [
     "VsockAddress",
     "bare",
     "network_of",
+    "parse_peer",
     "parse_uri",
 ]
 
@@ -296,6 +297,20 @@ def parse_uri(text: str, argv: Sequence[str] = ()) -> Address:
             f"exec: and fd:."
         )
     raise ArgumentError(f'"{text}" has the unknown scheme "{scheme}": write {_FORMS}.')
+
+
+def parse_peer(text: str, argv: Sequence[str] = ()) -> Address:
+    """Read the URI of somebody to connect to; see :func:`parse_uri`.
+
+    :raises ArgumentError: as well where one can only listen.
+    """
+    address = parse_uri(text, argv)
+    place = bare(address)
+    if isinstance(place, TcpAddress) and not (place.host and place.port):
+        raise ArgumentError(f'"{text}" leads to no host and port: write tcp:HOST:PORT.')
+    if isinstance(place, VsockAddress) and place.cid is None:
+        raise ArgumentError(f'"{text}" leads to no machine: write vsock:CID:PORT.')
+    return address
 
 
 def _is_ipv4(host: str) -> bool:
