@@ -21,11 +21,13 @@ class Examined:
 
     :ivar status: its run state in QEMU's words.
     :ivar description: what a preflight compares, JSON (docs/protocol, GUEST).
+    :ivar migration: the status of the last migration that its QEMU knows of, ``none`` if none.
     """
 
     facts: GuestFacts
     status: str
     description: Mapping[str, Any]
+    migration: str = "none"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from qmigd.cli.options import Exit
 from tests.rig.daemons import free_ports
 from tests.rig.pair import FEATURES, KNOWN, NAME, SLOW, Pair, PairCase, start
-from tests.rig.qemus import require
+from tests.rig.qemus import LABELS, require
 from tests.rig.qmp import QmpClient, QmpError
 
 
@@ -155,6 +155,19 @@ class RefusalTests(PairCase):
         pair = self.small()
         pair.there.config["guest"] = {"other": pair.there.config["guest"][NAME]}
         self.refused(pair.start(), f"'{NAME}'", "other")
+
+    def test_guest_that_waits_by_itself(self) -> None:
+        """A QEMU that was told on its command line where to wait is left to wait there."""
+        for label in LABELS:
+            pair = self.pair(label, here=self.deadlines, there=self.deadlines)
+            pair.destination = self.noisy_guest(label, "waits", incoming="tcp:127.0.0.1:0")
+            pair.there.config["guest"][NAME] = {"qmp": f"unix:{pair.destination.qmp_path}"}
+            pair.start().begin("direct")
+            reason = pair.failed(pair.here)
+            self.assertIn("the destination says: guest vm does not wait for a migration", reason)
+            self.assertIn("waits for a stream by itself", reason)
+            self.assertEqual(pair.destination.status(), "inmigrate")
+            pair.prove_stayed()
 
     def test_guest_not_waiting(self) -> None:
         """A destination whose QEMU runs a guest does not take another one in."""

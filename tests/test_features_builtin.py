@@ -8,6 +8,7 @@ from twisted.logger import LogLevel, capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import classImplements
 
+from qmigd.errors import ArgumentError
 from qmigd.features import multifd, postcopy, preempt, registry, zero_copy_receive
 from qmigd.interfaces import Feature, GuestFacts, Host, IFeature, No, Role, Withdraw, ZeroCopy
 
@@ -56,6 +57,9 @@ class MultifdTests(SynchronousTestCase):
     def test_tunable_overrides(self) -> None:
         """A user's number is taken as it is."""
         self.assertEqual(agree(2, 2, multifd_channels=13)["channels"], 13)
+        for wrong in (0, 256):
+            error = self.assertRaises(ArgumentError, agree, 2, 2, multifd_channels=wrong)
+            self.assertIn("multifd-channels cannot be", error.text)
 
     def test_both_sides_set_the_same(self) -> None:
         agreement = agree(2, 2, multifd_compression="zstd")

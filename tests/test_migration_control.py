@@ -92,7 +92,9 @@ class WaitingTests(SynchronousTestCase):
         self.ends.source.error("feature", "I would rather not.")
         self.ends.exchange()
         error = self.failureResultOf(waiting, RemoteError).value
-        self.assertEqual((error.code, error.text), ("feature", "I would rather not."))
+        self.assertEqual(
+            (error.code, error.text), ("feature", "the source says: I would rather not.")
+        )
 
     def test_error_right_behind(self) -> None:
         """What the peer said before its ERROR is not acted on, if both have come at once."""

@@ -306,7 +306,7 @@ def _host(config: Config, run_dir: Path) -> Host:
 
     :raises OSError: the run directory cannot be written to.
     """
-    facts = replace(gather(), mptcp=_mptcp(config))
+    facts = replace(gather(), mptcp=_mptcp(config), kernel_tls=_NO_TLS)
     if config.tls_policy == "off":
         if config.tls is not None:
             facts = replace(facts, tls=No("it is switched off", POLICY))
@@ -320,6 +320,8 @@ def _host(config: Config, run_dir: Path) -> Host:
         tls_directory=str(_for_qemu(config.tls, run_dir / "tls")),
     )
 
+
+_NO_TLS = No("there is no TLS here that the kernel could take over")
 
 #: With Multipath TCP, any connection may turn out to be one.
 _NO_MPTCP_TLS = No("Linux does not do the TLS of Multipath TCP ('mptcp' in [daemon])", POLICY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import ArgumentError
 from ..interfaces import (
     DIRECT,
     MAPPED_RAM,
@@ -59,6 +60,10 @@ class Multifd(Feature):
     def propose(self, guest: GuestFacts, host: Host, tunables: Mapping[str, Any]) -> dict[str, Any]:
         proposal: dict[str, Any] = {"cpus": host.cpus}
         if COUNT in tunables:
+            if not 1 <= tunables[COUNT] <= QEMU_MOST:
+                raise ArgumentError(
+                    f"{COUNT} cannot be {tunables[COUNT]}: it has to be from 1 to {QEMU_MOST}"
+                )
             proposal["channels"] = tunables[COUNT]
         compression = tunables.get(COMPRESSION, guest.parameters.get(COMPRESSION))
         if compression is not None:

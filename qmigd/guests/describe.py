@@ -93,12 +93,14 @@ class Description:
     :ivar body: what a preflight compares, JSON.
     :ivar capabilities: all migration capabilities of its QEMU.
     :ivar blockers: why its QEMU does not let it be moved.
+    :ivar migration: the status of its QEMU's migration, ``none`` if there was none.
     :ivar lasting: what the next look at it need not ask for again.
     """
 
     body: _Json
     capabilities: Mapping[str, bool]
     blockers: tuple[str, ...]
+    migration: str
     lasting: Lasting
 
 
@@ -137,8 +139,11 @@ async def describe(client: QMPClient, known: Lasting | None = None) -> Descripti
         found["devices"] = await _devices(client, named, anonymous or (), pci or ())
     if drives is not None:
         found["drives"] = [_drive(number, drive) for number, drive in enumerate(drives)]
-    blockers = (progress or {}).get("blocked-reasons", ())
-    return Description(found, capabilities, tuple(blockers), lasting)
+    progress = progress or {}
+    # QEMU 7.2 that listens for its stream already says where, and has no word for that.
+    migration = progress.get("status", "setup" if "socket-address" in progress else "none")
+    blockers = tuple(progress.get("blocked-reasons", ()))
+    return Description(found, capabilities, blockers, migration, lasting)
 
 
 def _ask_for_lasting(client: QMPClient) -> list[Deferred[Any]]:

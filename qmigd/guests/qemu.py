@@ -212,7 +212,8 @@ class QemuGuest:
             types=types,
             process=seen,
         )
-        return Examined(facts, status["status"], {"name": self.name, **body})
+        described_as = {"name": self.name, **body}
+        return Examined(facts, status["status"], described_as, described.migration)
 
     async def tunables(self) -> list[Tunable]:
         client = self.client

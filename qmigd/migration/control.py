@@ -24,7 +24,7 @@ from zope.interface import implementer
 
 from ..channels.inband import InBand
 from ..channels.secured import Secured, TlsSide
-from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError
+from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteError, TlsError
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
 from ..negotiation.allow import PeerNames
 from ..transports.reasons import not_connected
@@ -42,6 +42,8 @@ LINGER = 2.0
 
 #: Bytes of what it still sends that are read, and dropped, at a time.
 DROPPED = 65536
+
+_OTHER = {"source": "destination", "destination": "source"}
 
 E = TypeVar("E", bound=Event)
 
@@ -286,8 +288,12 @@ class Control(Protocol):
             kind: type[QmigdError] = RemoteError if event.remote else ProtocolError
             if event.code == "peer-gone":
                 kind = PeerGone
+            text = event.text
+            if event.remote and event.code != TlsError.code:  # which has words for that already
+                # Where, which names and paths in it do not tell.
+                text = f"the {_OTHER[self.machine.role]} says: {text}"
             self._error_said = True
-            self._fail(kind(event.text, code=event.code))
+            self._fail(kind(text, code=event.code))
             return
         if self._listener is not None:
             self._listener(event)

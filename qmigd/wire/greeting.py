@@ -39,6 +39,9 @@ __all__ = [
 #: How a Greeting and a Reply begin.
 MAGIC = b"QEMU-MIGRATE"
 
+#: How QMP's own greeting begins, that of a QEMU or of a qmigd's management socket.
+_QMP: Final = b'{"QMP"'
+
 #: The version that this package speaks.
 VERSION = 1
 
@@ -125,9 +128,11 @@ def read_greeting(versions: Collection[int]) -> Reading[Greeting]:
     while got != MAGIC:
         got += yield len(MAGIC) - len(got)
         if not MAGIC.startswith(got):
+            who = "Nothing that speaks this protocol is listening there"
+            if got.startswith(_QMP):
+                who = "A QMP socket is there, and no port that a qmigd listens on for its peers"
             raise ProtocolError(
-                f"Nothing that speaks this protocol is listening there: the Greeting "
-                f"should begin with {ascii(MAGIC)}, but {ascii(got)} came.",
+                f"{who}: the Greeting should begin with {ascii(MAGIC)}, but {ascii(got)} came.",
                 code="bad-magic",
             )
     count = (yield from exactly(1))[0]
