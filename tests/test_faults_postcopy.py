@@ -288,33 +288,37 @@ class KilledTests(KilledCase):
 class LateTests(PostcopyCase):
     """Postcopy that comes to an end late, because nothing moves or it broke."""
 
-    def through_proxy(self, path: str, label: str) -> tuple[Pair, Proxy]:
-        """Bring a move into the middle of postcopy, with its channels in the test's hand."""
-        pair = self.pair(label, here=_SHORT, there=_SHORT).start()
-        proxy, uri = self.proxied(pair)
+    def half_way(self, pair: Pair, path: str, **where: str) -> None:
+        """Bring a move into the middle of postcopy."""
         slow = {"max-postcopy-bandwidth": 1 << 20}
-        pair.begin(path, "postcopy", bandwidth=4 << 20, tunables=slow, uri=uri)
+        pair.begin(path, "postcopy", bandwidth=4 << 20, tunables=slow, **where)
         pair.postcopy()
         pair.wait(pair.here, "postcopy-active")
         pair.destination.wait_running()
-        return pair, proxy
 
     def test_stalled(self) -> None:
-        """A relay whose link stands still is waited for: what it has to bring is nowhere else."""
-        pair, proxy = self.through_proxy("relay", "10.0")
-        proxy.hold(both=True)
+        """The network is away for longer than a stream may stand still, and comes back.
+
+        What a relay has to bring is nowhere else.  The control connection is lost meanwhile.
+        """
+        link = self.link()
+        pair = self.pair("10.0", link=link, here=_SHORT, there=_SHORT).start()
+        self.half_way(pair, "relay")
+        link.cut()
         ask_until(
             lambda: "'migrate-cancel' gives it up" in pair.entry(pair.here)["step"],
             lambda: f"the stall to be told: {pair.entry(pair.here)}",
         )
-        proxy.let_go()
         pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+        link.restore()
         pair.completed()
         pair.prove_moved()
 
     def test_recovered_by_hand(self) -> None:
         """The stream breaks, and a person has the QEMUs recover: their settings come back then."""
-        pair, proxy = self.through_proxy("handover", "10.0")
+        pair = self.pair("10.0").start()
+        proxy, uri = self.proxied(pair)
+        self.half_way(pair, "handover", uri=uri)
         proxy.drop()
         for daemon in (pair.here, pair.there):
             self.assertIn("still ", pair.failed(daemon))

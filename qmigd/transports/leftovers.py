@@ -32,6 +32,7 @@ from typing import Any, Final
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 __all__ = ["MARK", "TERMINATION", "Leftovers", "Note"]
 
@@ -190,7 +191,7 @@ class Leftovers:
         """End what was left, now or when it is not needed any more."""
         if self._left and self._looking is None:
             self._looking = Deferred.fromCoroutine(self._end_all())
-            self._looking.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            self._looking.addErrback(_log_failure)
 
     def stop(self) -> None:
         """Look no more: what is still needed is left to the next daemon."""
@@ -250,6 +251,11 @@ class Leftovers:
                 told.update(members)
                 await deferLater(self._reactor, _POLL)
         left.path.unlink(missing_ok=True)
+
+
+def _log_failure(failure: Failure) -> None:
+    if not failure.check(CancelledError):
+        log.failure("programs that an earlier qmigd has left behind", failure)
 
 
 def _whole(lines: list[str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A connection in the middle, under the test's hand.
 
 It stands between two QEMUs, between a source's daemon and a destination's, or between a
-daemon and its QEMU's monitor.  What the destination says can be kept back, or all that is
-said, and all connections can be dropped at once, as if the network had reset them.
+daemon and its QEMU's monitor.  What the destination says can be kept back, and all
+connections can be dropped at once, as if the network had reset them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ class Proxy:
         self._target = target
         self._but_first = but_first
         self._open = threading.Event()
-        self._forward = threading.Event()
-        self.let_go()
+        self._open.set()
         self._pairs: list[tuple[bool, socket.socket, socket.socket]] = []
         self._closed = False
         self.port = 0
@@ -49,18 +48,9 @@ class Proxy:
             self.uri = f"tcp:127.0.0.1:{self.port}"
         threading.Thread(target=self._accept, name="proxy", daemon=True).start()
 
-    def hold(self, *, both: bool = False) -> None:
-        """From now on keep back what the destination says.
-
-        :param both: and what the source sends.
-        """
-        self._forward.clear() if both else self._forward.set()
+    def hold(self) -> None:
+        """From now on keep back what the destination says."""
         self._open.clear()
-
-    def let_go(self) -> None:
-        """Pass on what was kept back, and all that comes."""
-        self._open.set()
-        self._forward.set()
 
     def drop(self) -> None:
         """Drop the connections, both halves, with what is kept back."""
@@ -68,7 +58,7 @@ class Proxy:
             if meant:
                 for end in ends:
                     _shut(end)
-        self.let_go()
+        self._open.set()
 
     def close(self) -> None:
         """Drop everything and listen no more."""
@@ -78,7 +68,7 @@ class Proxy:
         for _, *ends in self._pairs:
             for end in ends:
                 _shut(end)
-        self.let_go()
+        self._open.set()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -122,8 +112,6 @@ class Proxy:
             meant = not self._but_first or bool(self._pairs)
             self._pairs.append((meant, source, destination))
             while first:
-                if meant:
-                    self._forward.wait()
                 destination.sendall(self.passed_on(first, source, by_source=True))
                 first = source.recv(65536)
         _shut(destination, socket.SHUT_WR)
