@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -222,6 +222,37 @@ class VectorTests(RamCase):
         self.assertEqual(len(wanted), count)
         rest = b"".join(ctypes.string_at(int(at), int(size)) for at, size in left)
         self.assertEqual(wanted[sent:], rest)
+
+
+class IncomingTests(SynchronousTestCase):
+    def failure(self, *pieces: bytes) -> str:
+        """What is said of a connection on which this comes, and then no more."""
+        start = parse(["-m", "1M", "-incoming", "defer", "-qmp", "unix:none"])
+        over = threading.Event()
+
+        def notify(name: str, data: Mapping[str, Any]) -> None:
+            if data.get("status") == "failed":
+                over.set()
+
+        machine = Machine(start, notify, lambda: None)
+        machine.settings.switch([{"capability": "events", "state": True}])
+        self.addCleanup(machine.close)
+        path = self.mktemp()
+        machine.receive(f"unix:{path}", stay=True)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(path)
+            for piece in pieces:
+                connection.sendall(piece)
+            connection.shutdown(socket.SHUT_WR)
+            self.assertTrue(over.wait(30))
+        return str(machine.query_migrate()["error-desc"])
+
+    def test_begins(self) -> None:
+        """A connection is known by its first four bytes, in whatever pieces they come."""
+        self.assertIn("version 3 of the stream", self.failure(b"Q", b"EV", b"M\0\0\0", b"\4"))
+        self.assertIn("begins with b'GET '", self.failure(b"GE", b"T / HTTP/1.1"))
+        self.assertIn("it ended after 2 bytes", self.failure(b"QE"))
+        self.assertIn("side closed", self.failure(b"\x11\x22\x33", b"\x44\0\0"))
 
 
 class ChannelTests(SynchronousTestCase):

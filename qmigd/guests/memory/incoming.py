@@ -65,7 +65,7 @@ class Incoming:
                 ) from None
             self._spawn(self._accept)
         else:
-            self._take(Channel(self._source), main=True)
+            self._take(Channel(self._source))
         self.progress.become("setup")
 
     @property
@@ -124,11 +124,13 @@ class Incoming:
                 if channel is None:
                     return
                 if missing:
-                    kind = self._identify(channel)
+                    magic = self._magic(channel)
+                    kind = self._identify(channel, magic)
                     if kind not in missing:
                         raise Lost(f"a second connection for {kind}")
                     missing.discard(kind)
-                    self._take(channel, main=kind == "main")
+                    if kind == "main":
+                        self._take(channel, magic)
                 else:
                     preempt = False
                     self._spawn(self._receiver.take_preempt, channel)
@@ -155,41 +157,47 @@ class Incoming:
         ready, _, _ = select.select([what.fileno(), self._waker], [], [], seconds)
         return what.fileno() in ready and not self._closed
 
-    def _identify(self, channel: Channel) -> str:
-        """Return which channel of the migration it is."""
-        end = time.monotonic() + _SHOW
-        while True:
+    def _magic(self, channel: Channel) -> bytes:
+        """Take the first four bytes of a connection."""
+        end, magic = time.monotonic() + _SHOW, memoryview(bytearray(len(MAGIC)))
+        at = 0
+        while at < len(magic):
             if not self._wait(channel.sock, max(0.0, end - time.monotonic())):
-                raise Lost("it sent nothing")
-            try:
-                magic = channel.sock.recv(4, socket.MSG_PEEK)
-            except OSError as error:
-                raise Lost(error.strerror or str(error)) from None
-            if magic == MAGIC:
-                return "main"
-            if len(magic) == 4 and int.from_bytes(magic, "big") == multifd.MAGIC:
-                initial = multifd.read_initial(channel.take(multifd.INITIAL_SIZE))
-                if initial.uuid != self.machine.start.uuid:
-                    raise Lost("a channel of another guest")
-                self._receiver.take_multifd(channel, initial.channel)
-                return f"multifd {initial.channel}"
-            if not magic or not MAGIC.startswith(magic[:1]):
-                raise Lost(f"it begins with {magic!r}")
-            time.sleep(0.001)
+                raise Lost(f"it sent {at} bytes within {_SHOW:g} s")
+            count = channel.receive_some(magic[at:])
+            if not count:
+                raise Lost(f"it ended after {at} bytes")
+            at += count
+        return bytes(magic)
 
-    def _take(self, channel: Channel, *, main: bool) -> None:
-        if main:
-            with self._lock:
-                if channel not in self._channels:
-                    self._channels.append(channel)
-            self._spawn(self._load, channel)
+    def _identify(self, channel: Channel, magic: bytes) -> str:
+        """Return which channel of the migration it is; one of multifd is looked after then."""
+        if magic == MAGIC:
+            return "main"
+        if int.from_bytes(magic, "big") != multifd.MAGIC:
+            raise Lost(f"it begins with {magic!r}")
+        rest = channel.take(multifd.INITIAL_SIZE - len(magic))
+        if not rest:
+            raise Lost("it ended in its initial packet")
+        initial = multifd.read_initial(magic + rest)
+        if initial.uuid != self.machine.start.uuid:
+            raise Lost("a channel of another guest")
+        self._receiver.take_multifd(channel, initial.channel)
+        return f"multifd {initial.channel}"
+
+    def _take(self, channel: Channel, begun: bytes = b"") -> None:
+        """Take the stream; ``begun`` is what was taken of it already."""
+        with self._lock:
+            if channel not in self._channels:
+                self._channels.append(channel)
+        self._spawn(self._load, channel, begun)
 
     # -- the stream
 
-    def _load(self, channel: Channel) -> None:
+    def _load(self, channel: Channel, begun: bytes) -> None:
         """Load the stream; a thread of its own."""
         try:
-            self._receiver.load(channel)
+            self._receiver.load(channel, begun)
         except Torn as error:
             self.progress.error = str(error)
             self.progress.become("postcopy-paused")

@@ -8,7 +8,6 @@ pages are put in by the kernel, which wakes who waits.
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +59,7 @@ class Receiver:
         self._postcopy = False
         self._received = np.zeros(machine.ram.pages, np.bool_)
         self._faults: Faults | None = None
+        self._listening = threading.Event()  # the faults are there, or will never be
         self._overtaken = threading.Event()  # nothing more comes over the preempt channel
         self._gathering = Gathering(machine, self._received)
         self._reader = Reader(sizes={(DEVICE, 0): SIZE})
@@ -76,15 +76,17 @@ class Receiver:
 
     def close(self) -> None:
         """End what waits."""
+        self._listening.set()
         self._gathering.close()
         if self._faults is not None:
             self._faults.close()
 
     # -- the main channel
 
-    def load(self, channel: Channel) -> None:
+    def load(self, channel: Channel, begun: bytes = b"") -> None:
         """Load it all, and let the guest run if it is to.
 
+        :param begun: what was taken of it already.
         :raises StreamError: it is no stream.
         :raises Lost: it ended too early.
         :raises Torn: it ended too early, in postcopy.
@@ -94,6 +96,8 @@ class Receiver:
         self._progress.become("active")
         data = memoryview(bytearray(_RECEIVE))
         try:
+            for event in self._reader.feed(begun):
+                self._take(event)
             while not self._whole():
                 if self._faults is None:
                     count = channel.receive_much(data)
@@ -216,6 +220,7 @@ class Receiver:
                 for first, end in runs(np.flatnonzero(~self._received)):
                     self._ram.discard(first, end)  # it may have been allocated beforehand
                 self._faults = Faults(self._ram, self._received, self._ask)
+                self._listening.set()
             case CommandNumber.POSTCOPY_RUN:
                 self._postcopy = True
                 self._progress.become("postcopy-active")
@@ -278,5 +283,6 @@ class Receiver:
 
     def _wait_for_faults(self) -> None:
         """Pages here may overtake LISTEN, in another thread."""
-        while self._faults is None:
-            time.sleep(0.001)
+        self._listening.wait()
+        if self._faults is None:
+            raise Lost("the stream ended before it came to postcopy")

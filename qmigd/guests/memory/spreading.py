@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import queue
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,8 @@ __all__ = ["MultifdSender", "ZeroCopy"]
 
 #: Batches that may wait for each channel, so that none has to wait for the next.
 _AHEAD = 1
-#: Seconds between two looks at what the kernel has completed.
-_LOOK = 0.0005
+#: Milliseconds after which one looks whether the channel is still wanted.
+_LOOK = 1000
 
 
 class ZeroCopy:
@@ -43,6 +44,8 @@ class ZeroCopy:
         """:raises OSError: this socket cannot do it."""
         self._channel = channel
         enable(channel.sock)
+        self._errors = select.poll()
+        self._errors.register(channel.sock, 0)
         self._begun = 0
         self._done = 0
         self.missed = 0
@@ -92,7 +95,9 @@ class ZeroCopy:
         if found is None and wait:
             if self._channel.closed:
                 raise Lost("it was closed")
-            time.sleep(_LOOK)
+            # Nothing but an error is waited for, and a completion is told as one.
+            if any(events & select.POLLHUP for _, events in self._errors.poll(_LOOK)):
+                raise Lost("it was shut down")
         for low, high, copied in found or ():
             self._done += ((high - low) & 0xFFFFFFFF) + 1
             self.missed += copied
