@@ -25,9 +25,14 @@ class LeftoversTests(TestCase):
         self.directory = Path(self.mktemp())
         self.earlier = Leftovers(reactor, self.directory)
 
-    def left(self, script: str = "exec sleep 98768", connection: int = _GONE) -> Any:
+    def left(
+        self,
+        script: str = "exec sleep 98768",
+        connection: int = _GONE,
+        owner: str = "a migration",
+    ) -> Any:
         """Start a program as a daemon does that is killed after that."""
-        note = self.earlier.note(connection, "a migration")
+        note = self.earlier.note(connection, owner)
         child = self.start(script, note.environment)
         note.started(child.pid)
         return child
@@ -97,18 +102,22 @@ class LeftoversTests(TestCase):
         self.assertEqual(child.wait(), -15)
 
     async def test_needed(self) -> None:
-        """One whose connection somebody has open is left until that is closed."""
+        """One whose connection somebody has open is left until that is closed.
+
+        So are others of its migration, which it may go through.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             child = self.left(connection=os.fstat(ours.fileno()).st_ino)
-            other = self.left()
+            first = self.left()
+            other = self.left(owner="another migration")
             self.again()
             while other.poll() is None:
                 await _turn()
-            self.assertIsNone(child.poll())
+            self.assertEqual([None, None], [child.poll(), first.poll()])
             ours.close()
             await self.all_ended()
-        self.assertEqual(child.wait(), -15)
+        self.assertEqual([-15, -15], [child.wait(), first.wait()])
 
     async def test_migration_over(self) -> None:
         """Nor is one left whose migration is over, whoever has its connection."""

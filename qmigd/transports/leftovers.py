@@ -8,9 +8,10 @@ mark that the program has in its environment, its process, and the connection's 
     process, and when that was started         written after
 
 What a daemon finds there when it starts has lost its migration.  Where the connection's
-other end is open, QEMU has it, and may still need what comes over it: that program is left
-until the end is closed, or until qmigd knows that the migration is over.  Any other is ended,
-with its process group.
+other end is open, QEMU has it, and may still need what comes over it: the programs of that
+migration are left until the end is closed, or until qmigd knows that the migration is over.
+All of them, since one may go through another (ssh with ``ControlMaster``).  Any others are
+ended, with their process groups.
 
 Nothing else is ever ended.  A process is recognised by its number together with the
 moment of its start, or by the mark; and a file counts only on the same boot of the host
@@ -226,7 +227,8 @@ class Leftovers:
     async def _end_all(self) -> None:
         while True:
             connections = _connections()
-            await self._end([left for left in self._left if left.connection not in connections])
+            needed = {left.owner for left in self._left if left.connection in connections}
+            await self._end([left for left in self._left if left.owner not in needed])
             if not self._left:
                 return
             await deferLater(self._reactor, _LOOK)

@@ -115,7 +115,7 @@ class Programs:
         return _ProgramEndpoint(self._connect)
 
     def hand_over(self, sock: socket.socket) -> None:
-        """A connection is QEMU's from here on: its program stays when the daemon is stopped."""
+        """A connection is QEMU's from here on: programs stay when the daemon is stopped."""
         inode = os.fstat(sock.fileno()).st_ino
         for program in self._programs:
             program.handed_over |= program.connection == inode
@@ -140,17 +140,28 @@ class Programs:
 
         :param grace: seconds that they have to end by themselves, their connections being
             closed.
-        :param but_handed_over: those whose connection is QEMU's are left.
+        :param but_handed_over: where the connection of one is QEMU's, all are left.
         """
-        ending = [one for one in self._programs if not (but_handed_over and one.handed_over)]
-        await self._end(ending, grace)
-        self._programs = [one for one in self._programs if one not in ending]
-        if self._shutdown is not None and not self._programs:
+        if but_handed_over and self._carries_on:
+            return
+        await self._end(grace)
+        self._programs = []
+        if self._shutdown is not None:
             trigger, self._shutdown = self._shutdown, None
             with contextlib.suppress(ValueError, KeyError):  # the daemon is just being stopped
                 self._reactor.removeSystemEventTrigger(trigger)
 
-    async def _end(self, programs: list[_Program], grace: float) -> None:
+    @property
+    def _carries_on(self) -> bool:
+        """Whether one carries QEMU's connection; it may go through another of them.
+
+        With ssh's ``ControlMaster`` that is the first one, which waits for the others.
+        """
+        return any(one.handed_over and not one.ended for one in self._programs)
+
+    async def _end(self, grace: float) -> None:
+        programs = self._programs
+
         def ended() -> bool:
             return all(one.ended for one in programs)
 
@@ -166,8 +177,7 @@ class Programs:
 
     def _stopped(self) -> Deferred[None]:
         """The daemon is stopped, and what carries its connections ends with it."""
-        left = [one for one in self._programs if not one.handed_over]
-        return Deferred.fromCoroutine(self._end(left, 0.0))
+        return Deferred.fromCoroutine(self.end(0.0, but_handed_over=True))
 
     def _connect(self, factory: IProtocolFactory) -> IProtocol:
         """:raises ConnectError: it cannot be started."""
