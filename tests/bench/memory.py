@@ -3,7 +3,10 @@
 *Speed* is the bytes of RAM over the time from ``migrate`` to ``completed``, over ``tcp:`` on
 loopback, one guest at a time, of RAM that cannot be compressed and that nobody writes: here
 what the memory guest is filled with, and in QEMU the same amount out of ``/dev/urandom``.
-The QEMU is 10.0, whatever the host has.
+*CPU* is that of both guests meanwhile.  The QEMU is 10.0, whatever the host has.
+
+The RAM of both is the same kind of memory, a memfd, with pages of the same size.  It was
+allocated before at both ends (``prealloc``), or it is allocated as it comes in.
 
 *Latency* is how long the guest waits for a page in postcopy, as it measures itself
 (``query-faults``), over a link of 1 Gbit/s between two namespaces, which the other pages
@@ -16,8 +19,10 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
+from tests.bench.course import cpu_seconds
 from tests.bench.table import Row, compare
 from tests.rig.daemons import free_ports
 from tests.rig.guest import Guest
@@ -32,7 +37,7 @@ PART = "memory"
 ROUNDS = 5
 
 #: MiB of RAM, and of QEMU's own beside it.
-_RAM = 512
+_RAM = 1024
 _BESIDE = 64
 _NOISE_AT = 32 << 20
 
@@ -48,24 +53,43 @@ _SLOWER = (
 _OVERTAKES = 4.0
 
 
+class _Way(NamedTuple):
+    """How a guest is moved."""
+
+    channels: int
+    allocated: bool
+
+    def __str__(self) -> str:
+        several = f"{self.channels} channel{'s' if self.channels > 1 else ''}"
+        return f"{several}, {'allocated before' if self.allocated else 'allocated as it comes'}"
+
+
+class _Moved(NamedTuple):
+    """What that took."""
+
+    speed: float  # GiB/s
+    cpu: float  # s/GiB
+
+
 def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
     """Measure; ``tell`` hears of each round."""
     noise = os.path.join(temporary_directory(), "noise")
     with open(noise, "wb") as file:
         for _ in range(_RAM):
             file.write(os.urandom(1 << 20))
-    speeds: dict[int, tuple[list[float], list[float]]] = {1: ([], []), 4: ([], [])}
+    ways = [_Way(*way) for way in product((1, 4), (True, False))]
+    moves: dict[_Way, tuple[list[_Moved], list[_Moved]]] = {way: ([], []) for way in ways}
     latencies: dict[bool, list[Mapping[str, Any]]] = {False: [], True: []}
     try:
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}")
-            for channels, (ours, theirs) in speeds.items():
+            for way, (ours, theirs) in moves.items():
                 # By turns, so that neither is always the first.
                 if number % 2:
-                    ours.append(_memory(channels))
-                theirs.append(_qemu(channels, noise))
+                    ours.append(_memory(way))
+                theirs.append(_qemu(way, noise))
                 if not number % 2:
-                    ours.append(_memory(channels))
+                    ours.append(_memory(way))
             for preempt, found in latencies.items():
                 found.append(_faults(preempt))
     finally:
@@ -73,14 +97,24 @@ def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
     rows = [
         compare(
             PART,
-            f"precopy, {channels} channel{'s' if channels > 1 else ''}: speed",
+            f"precopy, {way}: speed",
             "GiB/s",
             "QEMU 10.0 alone, tcp:",
-            *found,
+            *([each.speed for each in side] for side in found),
             target="at least 1.00",
             judge=lambda median, quartiles: median >= 1.0 or quartiles[1] >= 1.0,
         )
-        for channels, found in speeds.items()
+        for way, found in moves.items()
+    ]
+    rows += [
+        compare(
+            PART,
+            f"precopy, {way}: CPU",
+            "s/GiB",
+            "QEMU 10.0 alone, tcp:",
+            *([each.cpu for each in side] for side in found),
+        )
+        for way, found in moves.items()
     ]
     for name in ("p50", "p99"):
         rows.append(
@@ -106,16 +140,20 @@ def _set(guest: Any, capabilities: Sequence[str], **parameters: Any) -> None:
     guest.qmp("migrate-set-parameters", **parameters)
 
 
-def _move(source: Any, destination: Any, channels: int) -> float:
-    """Move a guest; returns GiB/s."""
+def _move(source: Any, destination: Any, channels: int) -> _Moved:
+    """Move a guest."""
     uri = f"tcp:127.0.0.1:{free_ports()[0]}"
     for guest in (source, destination):
         capabilities = ["multifd"] if channels > 1 else []
         _set(guest, capabilities, max_bandwidth=_UNLIMITED, multifd_channels=channels)
     destination.qmp("migrate-incoming", uri=uri)
+    pids = (source.process.pid, destination.process.pid)
+    before = sum(map(cpu_seconds, pids))
     source.qmp("migrate", uri=uri)
     done = _until(source, "completed")
-    return _RAM / 1024 / (done["total-time"] / 1000)
+    _until(destination, "completed")
+    size = _RAM / 1024
+    return _Moved(size / (done["total-time"] / 1000), (sum(map(cpu_seconds, pids)) - before) / size)
 
 
 def _until(source: Any, status: str) -> dict[str, Any]:
@@ -139,14 +177,19 @@ def _pair(
     return source.wait(), destination.wait()
 
 
-def _memory(channels: int) -> float:
+def _memory(way: _Way) -> _Moved:
     with ExitStack() as stack:
-        argv = ("-m", f"{_RAM}M", "-dirty-rate", "0", "-fill", "random")
-        return _move(*_pair(stack, *argv), channels)
+        argv = ["-m", f"{_RAM}M", "-dirty-rate", "0", "-fill", "random"]
+        if way.allocated:
+            argv.append("-mem-prealloc")
+        return _move(*_pair(stack, *argv), way.channels)
 
 
-def _qemu(channels: int, noise: str) -> float:
+def _qemu(way: _Way, noise: str) -> _Moved:
     qemu = require("10.0")
+    backend = f"memory-backend-memfd,id=ram,size={_RAM + _BESIDE}M,share=on"
+    if way.allocated:
+        backend += ",prealloc=on"
     loader = f"loader,file={noise},addr={_NOISE_AT:#x},force-raw=on"
     with ExitStack() as stack:
         source, destination = (
@@ -156,12 +199,15 @@ def _qemu(channels: int, noise: str) -> float:
                     memory=_RAM + _BESIDE,
                     incoming=incoming,
                     paused=True,
-                    extra=("-device", loader),
+                    extra=(
+                        *("-device", loader),
+                        *("-object", backend, "-machine", "memory-backend=ram"),
+                    ),
                 )
             )
             for name, incoming in (("source", False), ("destination", True))
         )
-        return _move(source.start(), destination.start(), channels)
+        return _move(source.start(), destination.start(), way.channels)
 
 
 def _faults(preempt: bool) -> Mapping[str, Any]:
