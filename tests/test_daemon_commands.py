@@ -104,6 +104,10 @@ class RefusalTests(PairCase):
         # The guest is free again.
         pair.move("direct")
         pair.prove_moved()
+        for daemon in (pair.here, pair.there):
+            for said in ("begins", "has completed"):
+                self.assertRegex(daemon.log, f"migration {pair.id} of guest {NAME} .*{said}")
+            self.assertNotIn("Factory object", daemon.log)
 
     def test_no_peer(self) -> None:
         """A port where nobody listens is named in the error."""

@@ -22,7 +22,7 @@ from typing import Any
 from tests.rig.daemons import Daemon, DaemonDied
 from tests.rig.netns import Link
 from tests.rig.news import ask_until, wait_until
-from tests.rig.pair import SLOW, Pair, PairCase, start
+from tests.rig.pair import NAME, SLOW, Pair, PairCase, start
 from tests.rig.proofs import only_one_runs
 from tests.rig.qmp import QmpError
 
@@ -109,6 +109,9 @@ class FaultCase(PairCase):
         pair.begin(path, mode, bandwidth=SLOW)
         pair.wait(pair.here, "active")
         pair.wait(pair.there, "active")
+        if fault == CANCEL:
+            error = self.assertRaises(QmpError, pair.there.execute, "migrate-cancel", guest=NAME)
+            self.assertIn("is on its way here", error.text)
         self.make(fault, pair)
         self.after(fault, pair)
         self.stays(pair, path)

@@ -22,10 +22,11 @@ class _Source:
     def __init__(self, *, ends: bool = True) -> None:
         self.status = "setup"
         self.cancels = 0
+        self.numbers: dict[str, int] = {}
         self._ends = ends
 
     async def query_migrate(self) -> dict[str, Any]:
-        return {"status": self.status}
+        return {"status": self.status, **self.numbers}
 
     async def holds_on(self) -> bool:
         return False
@@ -43,6 +44,35 @@ class _Ending(Move):
 
     async def settle(self, error: QmigdError | None) -> None:
         """It is settled as it is."""
+
+
+class SummaryTests(SynchronousTestCase):
+    """QEMU 7.2 says that a migration has completed before it has its numbers."""
+
+    def summed_up(self, source: _Source) -> tuple[Clock, Deferred[None], dict[str, Any]]:
+        clock = Clock()
+        services = SimpleNamespace(reactor=clock, deadlines=Deadlines())
+        record = Records(lambda *_: None).new("1", "vm", "source", "tcp:peer")
+        move = _Ending(cast(Services, services), record, cast(Guest, source))
+        return clock, Deferred.fromCoroutine(move.sum_up()), record.progress
+
+    def test_late(self) -> None:
+        """It is asked until it has."""
+        source = _Source()
+        source.status, source.numbers = "completed", {"total-time": 0, "downtime": 0}
+        clock, done, progress = self.summed_up(source)
+        clock.pump([0.02] * 3)
+        self.assertNoResult(done)
+        source.numbers = {"total-time": 4100, "downtime": 4}
+        clock.pump([0.02])
+        self.successResultOf(done)
+        self.assertEqual((4100, 4), (progress["total-time"], progress["downtime"]))
+
+    def test_never(self) -> None:
+        """And not for ever."""
+        clock, done, _ = self.summed_up(_Source())
+        clock.pump([0.02] * 30)
+        self.successResultOf(done)
 
 
 class EndingTests(SynchronousTestCase):

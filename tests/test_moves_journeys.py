@@ -74,6 +74,7 @@ class JourneyCase(PairCase):
         """Move the guest once, and look at everything."""
         entry = pair.move(path, way)
         plan = entry["plan"]
+        self.assertGreater(entry["total-time"], 0)
         pair.prove_moved(*passed, ticks=5)
         self.assertEqual(plan["path"], "handover" if path == "baseline" else path)
         self.assertLessEqual(_FEATURES[way], {*plan["features"]}, plan)

@@ -26,7 +26,6 @@ from typing import Any, Protocol, cast
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectError, ConnectingCancelledError, DNSLookupError
 from twisted.internet.interfaces import IReactorTime, IStreamClientEndpoint
-from twisted.internet.protocol import Factory
 from twisted.internet.protocol import Protocol as Connection
 from twisted.python.failure import Failure
 
@@ -44,7 +43,7 @@ from qmigd.errors import (
 )
 from qmigd.negotiation.allow import PeerNames
 from qmigd.transports.reasons import not_connected
-from qmigd.transports.sockets import detach, drained, limit_reads, tune_stream
+from qmigd.transports.sockets import detach, drained, limit_reads, quietly, tune_stream
 from qmigd.wire.role import RoleHeader
 
 __all__ = ["Attachments", "Claim", "Line", "open_channel"]
@@ -120,7 +119,7 @@ def open_channel(
 async def _open(endpoint: IStreamClientEndpoint, machine: Secured | InBand) -> Line:
     opener = _Opener(machine)
     try:
-        await endpoint.connect(Factory.forProtocol(lambda: opener))
+        await endpoint.connect(quietly(lambda: opener))
     except (ConnectError, DNSLookupError) as error:
         why = not_connected(error)
         raise PeerGone(f"The peer cannot be reached for a payload channel: {why}") from None

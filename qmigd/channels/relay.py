@@ -29,7 +29,7 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import CannotListenError, ConnectError
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.protocol import Protocol
 from twisted.logger import Logger
 
 from qmigd.channels.pump import Pump
@@ -46,7 +46,7 @@ from qmigd.channels.tls import PeerSocket
 from qmigd.errors import GuestGone, LocalError, QmigdError
 from qmigd.interfaces import COPY, ICodec
 from qmigd.transports.reasons import not_connected
-from qmigd.transports.sockets import detach
+from qmigd.transports.sockets import detach, quietly
 from qmigd.transports.uri import MAX_UNIX_PATH, UnixAddress
 
 __all__ = ["DestinationRelay", "SourceRelay"]
@@ -293,7 +293,7 @@ class SourceRelay(_Relay):
         """
         try:
             self._port = self._reactor.listenUNIX(
-                self.address.path, Factory.forProtocol(lambda: _Taking(self._connected)), mode=0o600
+                self.address.path, quietly(lambda: _Taking(self._connected)), mode=0o600
             )
         except CannotListenError as error:
             raise LocalError(
@@ -372,7 +372,7 @@ class DestinationRelay(_Relay):
 
     async def _other_end(self, channel: Channel) -> PeerSocket:
         taking: Deferred[socket.socket] = Deferred()
-        factory = Factory.forProtocol(lambda: _Taking(taking.callback))
+        factory = quietly(lambda: _Taking(taking.callback))
         try:
             await self.address.client(self._reactor).connect(factory)
         except ConnectError as error:

@@ -285,6 +285,12 @@ class Commands(ChannelCommands):
             return self._outgoing[guest]
         if guest not in self._guests:
             raise GuestNotFound(self._guests.unknown(guest))
+        for record in self._services.records.of(guest):
+            if record.role == "destination" and record.ended is None:
+                raise MigrationError(
+                    f"guest {guest} is on its way here; what becomes of it is for the qmigd to be "
+                    f"told that it comes from"
+                )
         raise MigrationError(f"guest {guest} is not being migrated from here")
 
     def _check_names(self, names: Iterable[str]) -> None:

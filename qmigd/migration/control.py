@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol, IReactorTime
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -28,7 +28,7 @@ from ..errors import DeadlineError, PeerGone, ProtocolError, QmigdError, RemoteE
 from ..handshake.events import Event, Failed, Greeted, Heartbeat
 from ..negotiation.allow import PeerNames
 from ..transports.reasons import not_connected
-from ..transports.sockets import detach, drained, limit_reads, tune_stream
+from ..transports.sockets import detach, drained, limit_reads, quietly, tune_stream
 from ..transports.uri import Reachable
 from ..waiting import with_deadline
 
@@ -333,7 +333,7 @@ async def connect_control(
     control = Control(machine, reactor, tls)
     if in_band:
         control.go_in_band(server=False)
-    connecting = address.client(reactor).connect(Factory.forProtocol(lambda: control))
+    connecting = address.client(reactor).connect(quietly(lambda: control))
     try:
         await with_deadline(reactor, connecting, deadline, f"a connection to {address}")
     except (ConnectError, DNSLookupError, DeadlineError, ValueError) as error:

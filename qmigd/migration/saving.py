@@ -152,6 +152,7 @@ class Saving(Filing):
             await guest.migrate(self._open_stream(file, head, chosen.format == ZSTD))
         self.record.under_way()
         await self._watch()
+        await self.sum_up()
         self._moving = False
         if self._options.after == CONTINUE and self._ran:
             # RAM, devices and disks are of one moment.  What is left does not need it stopped.

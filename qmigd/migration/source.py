@@ -155,6 +155,7 @@ class Outgoing(Steering):
             self.record.owner = "destination"
         else:
             await self._hand_over()
+        await self.sum_up()
 
     def _payload_address(self, plan: Plan) -> Reachable:
         """Where payload channels are opened, and by which protocol."""

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from twisted.logger import Logger
+
 from ..errors import MigrationError, QmigdError
 from ..interfaces import Role
 from ..negotiation.plan import Plan
 
 __all__ = ["ENDED", "Record", "Records", "outcome"]
+
+log = Logger()
 
 #: QEMU's words for a migration that has ended.
 ENDED = frozenset({"completed", "failed", "cancelled"})
@@ -123,6 +127,8 @@ class Record:
             self.can_postcopy = False
             self.status = outcome(error)
             self.ended = time.time()
+            if error is None and self.listed:
+                log.info("{name} has completed: {step}", name=self.name, step=step)
             self._tell()
 
     def _tell(self) -> None:
@@ -197,6 +203,8 @@ class Records:
             del self._records[old]
         self._records[key] = record
         record.listed = True
+        way = "to" if record.role == "source" else "from"
+        log.info("{name} {way} {peer} begins", name=record.name, way=way, peer=record.peer)
         record.notify(*record.event())
 
     def __iter__(self) -> Iterator[Record]:

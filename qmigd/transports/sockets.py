@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IPullProducer
+from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -29,6 +31,7 @@ __all__ = [
     "detach",
     "drained",
     "limit_reads",
+    "quietly",
     "set_send_buffer",
     "tcp_pair",
     "tune_stream",
@@ -47,6 +50,13 @@ _UCRED: Final = struct.Struct("3i")
 _KEEPALIVE_IDLE: Final = 30
 _KEEPALIVE_INTERVAL: Final = 10
 _KEEPALIVE_COUNT: Final = 6
+
+
+def quietly(make: Callable[[], Protocol]) -> Factory:
+    """Return a factory of protocols whose coming and going is not worth a line in the log."""
+    factory: Factory = Factory.forProtocol(make)
+    factory.noisy = False
+    return factory
 
 
 def caller(transport: Any) -> str:
