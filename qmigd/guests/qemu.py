@@ -8,23 +8,22 @@ migration hang, or corrupts RAM in silence.
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import count
+from functools import partial
 from typing import Any
-from uuid import uuid4
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from qmigd.api import greets_as
 from qmigd.backend import Examined, Tunable
-from qmigd.errors import DeadlineError, GuestBusy, GuestError, GuestGone
-from qmigd.guests import builds, describe, process, schema
-from qmigd.guests.quirks import CONNECTED_FIRST, POSTCOPY_WITHOUT_PAGES, SEVERAL_CHANNELS
+from qmigd.errors import GuestBusy, GuestError, GuestGone
+from qmigd.guests import builds, describe, process, schema, setting, streams
+from qmigd.guests.quirks import POSTCOPY_WITHOUT_PAGES
 from qmigd.interfaces import GuestFacts, Settings
-from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal
+from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline
 from qmigd.qmp.connecting import connect
 from qmigd.waiting import together
 
@@ -38,12 +37,6 @@ STATE_POLL = 0.003
 #: The argument of ``migrate-incoming`` with which a failed load does not end the
 #: process (QEMU 9.1 and newer), so that it can tell why it failed.
 _STAY = "exit-on-error"
-
-#: Where QEMU finds its sets of descriptors (monitor_fdset_dup_fd_add in monitor/fds.c).
-_FD_SETS = "/dev/fdset/"
-
-#: Builds of QEMU, and arguments that they were found not to know.
-_UNKNOWN: set[tuple[str, str]] = set()
 
 Watcher = Callable[[str, dict[str, Any]], None]
 
@@ -100,7 +93,6 @@ class QemuGuest:
         self._watchers: list[Watcher] = []
         self._starting: Deferred[None] | None = None
         self.told_to_run = False
-        self._names = (f"qmigd-{uuid4().hex}-{number}" for number in count())
 
     # -- taking hold
 
@@ -232,129 +224,21 @@ class QemuGuest:
             name: schema.coerce(schema.find(known, name), value) for name, value in tunables.items()
         }
 
-    # -- settings
-
     async def apply(
         self, settings: Settings, facts: GuestFacts | None = None
     ) -> tuple[Settings, Settings]:
         """Set, and read back that it is set; returns what was before, and what is now.
 
-        A parameter that had no value before is ``None`` in what is returned, and
-        giving ``None`` unsets one where QEMU can do that (``tls-creds``); where it
-        cannot (``block-bitmap-mapping``), ``None`` is passed over.
-
-        :param facts: say what was before, and what is so already is not set again; without
-            them QEMU is asked.
         :raises GuestError: QEMU refused or ignored one of them; all are as before.
         """
-        wanted = settings if facts is None else _lacking(settings, facts)
-        parameters = await self._settable(wanted.parameters)
-        # All at once: QEMU answers in order, so what it had comes before what it is told.
-        (known, before), *answers = await DeferredList(
-            [
-                Deferred.fromCoroutine(self.readback(settings))
-                if facts is None
-                else maybeDeferred(self._pick, settings, facts.capabilities, facts.parameters),
-                *self._set(Settings(wanted.capabilities, parameters, wanted.objects)),
-                Deferred.fromCoroutine(self.readback(settings)),
-            ],
-            consumeErrors=True,
-        )
-        try:
-            for succeeded, answer in ((known, before), *answers):
-                if not succeeded:
-                    raise answer.value
-            self._compare(settings, answers[-1][1])
-        except (GuestGone, DeadlineError):
-            raise
-        except GuestError:
-            if known:
-                earlier = await self._settable(before.parameters)
-                await together(self._set(Settings(before.capabilities, earlier)))
-                # Whether there was one: the one that was refused there never was.
-                await DeferredList(self._set(Settings(objects=before.objects)), consumeErrors=True)
-            raise
-        return before, answers[-1][1]
-
-    def _compare(self, wanted: Settings, got: Settings) -> None:
-        present = {**got.capabilities, **got.parameters}
-        for name, value in {**wanted.capabilities, **wanted.parameters}.items():
-            if value is not None and present[name] != value:
-                raise GuestError(
-                    f"the QEMU of guest {self.name} was to have {name} at {value!r}, and has it"
-                    f" at {present[name]!r}"
-                )
+        return await setting.apply(self.client, self.name, settings, facts)
 
     async def readback(self, settings: Settings) -> Settings:
         """Return the present values of the names in ``settings``, ``None`` for no value.
 
         :raises GuestError: QEMU does not know one of the capabilities.
         """
-        asked: list[Deferred[Any]] = []
-        if settings.capabilities:
-            asked.append(Deferred.fromCoroutine(self._capabilities()))
-        if settings.parameters:
-            asked.append(self.client.execute("query-migrate-parameters"))
-        answers = await together(asked)
-        return self._pick(
-            settings,
-            answers[0] if settings.capabilities else {},
-            answers[-1] if settings.parameters else {},
-        )
-
-    def _pick(
-        self, settings: Settings, capabilities: Mapping[str, bool], parameters: Mapping[str, Any]
-    ) -> Settings:
-        """Return what a QEMU has for the names in ``settings``, out of all that it has."""
-        for name in settings.capabilities:
-            if name not in capabilities:
-                raise GuestError(f"the QEMU of guest {self.name} has no capability {name}")
-        return Settings(
-            {name: capabilities[name] for name in settings.capabilities},
-            {name: parameters.get(name) for name in settings.parameters},
-            dict.fromkeys(settings.objects),
-        )
-
-    async def _capabilities(self) -> dict[str, bool]:
-        answer = await self.client.execute("query-migrate-capabilities")
-        return {entry["capability"]: entry["state"] for entry in answer}
-
-    def _set(self, settings: Settings) -> list[Deferred[Any]]:
-        """Send what sets them; returns the answers to come.
-
-        Objects are there before a parameter names them, and go when none does any more.
-        """
-        asked = [
-            self.client.execute("object-add", id=name, **arguments)
-            for name, arguments in settings.objects.items()
-            if arguments is not None
-        ]
-        if settings.capabilities:
-            # All in one command: QEMU checks them together.
-            switches = [
-                {"capability": name, "state": state}
-                for name, state in settings.capabilities.items()
-            ]
-            asked.append(self.client.execute("migrate-set-capabilities", capabilities=switches))
-        if settings.parameters:
-            asked.append(self.client.execute("migrate-set-parameters", **settings.parameters))
-        asked += [
-            self.client.execute("object-del", id=name)
-            for name, arguments in settings.objects.items()
-            if arguments is None
-        ]
-        return asked
-
-    async def _settable(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Return them without those that are ``None`` and that QEMU cannot unset."""
-        if None not in parameters.values():
-            return dict(parameters)
-        known = await schema.of(self.client)
-        return {
-            name: value
-            for name, value in parameters.items()
-            if value is not None or known.nullable(name)
-        }
+        return await setting.readback(self.client, self.name, settings)
 
     # -- the move
 
@@ -368,9 +252,9 @@ class QemuGuest:
 
         :raises GuestError: QEMU refused.
         """
-        await self._with_channel(
-            "migrate-incoming", channel, {_STAY: False}, check=self._one_channel
-        )
+        client = self.client
+        one = partial(streams.one_channel, client, self.name)
+        await streams.give(client, "migrate-incoming", channel, {_STAY: False}, check=one)
 
     async def migrate(self, channel: str | socket.socket) -> None:
         """Start the outgoing migration to a URI, or into a connected socket.
@@ -379,93 +263,13 @@ class QemuGuest:
 
         :raises GuestError: QEMU refused.
         """
-        await self._with_channel("migrate", channel)
-
-    async def _one_channel(self) -> None:
-        """See that the migration needs one channel only.
-
-        QEMU 7.2 answers ``migrate-incoming`` with success all the same, and
-        says on its stderr only that it will not do it.
-        """
-        present = await self._capabilities()
-        for name in SEVERAL_CHANNELS:
-            if present.get(name):
-                raise GuestError(
-                    f"guest {self.name} has {name} switched on, which needs several channels,"
-                    " and a single one was given"
-                )
-
-    async def _with_channel(
-        self,
-        command: str,
-        channel: str | socket.socket,
-        wishes: Mapping[str, Any] | None = None,
-        *,
-        check: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        """Run a command that takes a channel.
-
-        :param check: for one whose connection is there already; nothing is begun where it fails.
-        """
-
-        async def run(uri: str) -> None:
-            if check is not None and uri.startswith(("fd:", "exec:")):
-                await check()
-            await self._try(command, uri, wishes or {})
-
-        if isinstance(channel, str):
-            await run(channel)
-            return
-        client = self.client
-        name = next(self._names)
-        with channel:
-            async with client.fd_turn:
-                # What is sent next goes along: QEMU takes its commands in order.
-                given = client.execute_with_fd(channel.fileno(), "getfd", fdname=name)
-                going = Deferred.fromCoroutine(run(f"fd:{name}"))
-                answers = await DeferredList([given, going], consumeErrors=True)
-        try:
-            for succeeded, failure in answers:
-                if not succeeded:
-                    raise failure.value
-        except GuestError:
-            # QEMU has taken it out of its list, or has not; gone it must be.
-            await client.execute("closefd", fdname=name).addErrback(lambda _: None)
-            raise
-
-    async def _try(self, command: str, uri: str, wishes: Mapping[str, Any]) -> None:
-        """Run a command, without those of ``wishes`` that this QEMU does not know.
-
-        Trying is cheaper than reading the schema, which takes a QEMU some 20 ms; and what
-        one build does not know is remembered.
-        """
-        build = str(self.client.greeting["version"])
-        known = {name: wish for name, wish in wishes.items() if (build, name) not in _UNKNOWN}
-        try:
-            seconds = max(self._deadline, CONNECTED_FIRST.get(uri.partition(":")[0], 0))
-            await self.client.execute_within(seconds, command, uri=uri, **known)
-        except QMPRefusal as refusal:
-            refused = {(build, name) for name in known if name in refusal.desc}
-            if not refused:
-                raise
-            _UNKNOWN.update(refused)
-            await self._try(command, uri, known)
+        await streams.give(self.client, "migrate", channel)
 
     async def lend(self, *descriptors: int) -> str:
-        """Put descriptors of one file into a set of QEMU's; returns the name for ``file:``.
-
-        Each of them has to be opened in another way: QEMU takes the one that fits.
-        """
-        client = self.client
-        first, *others = descriptors
-        async with client.fd_turn:
-            number = (await client.execute_with_fd(first, "add-fd"))["fdset-id"]
-            for other in others:
-                await client.execute_with_fd(other, "add-fd", **{"fdset-id": number})
-        return f"{_FD_SETS}{number}"
+        return await streams.lend(self.client, *descriptors)
 
     async def unlend(self, name: str) -> None:
-        await self.client.execute("remove-fd", **{"fdset-id": int(name.removeprefix(_FD_SETS))})
+        await streams.unlend(self.client, name)
 
     async def query_status(self) -> str:
         status: str = (await self.client.execute("query-status"))["status"]
@@ -569,24 +373,3 @@ class QemuGuest:
         finally:
             if timer.active():
                 timer.cancel()
-
-
-def _lacking(settings: Settings, facts: GuestFacts) -> Settings:
-    """Return what of the settings is not so yet.
-
-    A QEMU reads what it is told byte by byte (monitor_can_read in monitor/monitor.c), some
-    3.5 us each: what need not be said makes everybody wait less.
-    """
-    return Settings(
-        {
-            name: on
-            for name, on in settings.capabilities.items()
-            if facts.capabilities.get(name) is not on
-        },
-        {
-            name: value
-            for name, value in settings.parameters.items()
-            if facts.parameters.get(name) != value
-        },
-        settings.objects,
-    )
