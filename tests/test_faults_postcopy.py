@@ -296,6 +296,13 @@ class LateTests(PostcopyCase):
         pair.wait(pair.here, "postcopy-active")
         pair.destination.wait_running()
 
+    def stands_still(self, pair: Pair) -> None:
+        """Wait until the source's daemon says so."""
+        ask_until(
+            lambda: "'migrate-cancel' gives it up" in pair.entry(pair.here)["step"],
+            lambda: f"the stall to be told: {pair.entry(pair.here)}",
+        )
+
     def test_stalled(self) -> None:
         """The network is away for longer than a stream may stand still, and comes back.
 
@@ -305,12 +312,23 @@ class LateTests(PostcopyCase):
         pair = self.pair("10.0", link=link, here=_SHORT, there=_SHORT).start()
         self.half_way(pair, "relay")
         link.cut()
-        ask_until(
-            lambda: "'migrate-cancel' gives it up" in pair.entry(pair.here)["step"],
-            lambda: f"the stall to be told: {pair.entry(pair.here)}",
-        )
+        self.stands_still(pair)
         pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
         link.restore()
+        pair.completed()
+        pair.prove_moved()
+
+    def test_asleep(self) -> None:
+        """Neither QEMU answers for that long: the relays stay, and the guest misses nothing."""
+        pair = self.pair("11", here=_SHORT, there=_SHORT).start()
+        self.half_way(pair, "relay")
+        both = (pair.source.process, pair.destination.process)
+        for process in both:
+            process.signal(signal.SIGSTOP)
+        self.stands_still(pair)
+        for process in both:
+            process.signal(signal.SIGCONT)
+        pair.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
         pair.completed()
         pair.prove_moved()
 

@@ -102,22 +102,36 @@ class Incoming(Answering):
 
         :raises QmigdError: it has failed, or must not go on.
         """
-        assert self.guest is not None
         while True:
-            status = await self.look()
-            if status in OVER and status != "completed":
-                raise MigrationError(f"QEMU's migration {status}: {await self.reason()}")
-            if self._failure is not None:
-                raise self._failure
-            if self._owned is Owned.YES:
-                if await self._settled(status):
+            try:
+                if await self._is_here():
                     return
-                self._raise_if_torn(status)
-            else:
-                self._raise_if_over()
-                if status == "completed":
-                    self.record.update(step="waiting for the source to release the guest")
+            except DeadlineError as error:
+                # A QEMU that is busy does not cost a guest that is nowhere else.
+                if self._owned is Owned.NO or error is self._failure:
+                    raise
+                self._raise_if_torn(self.qemu_status)
             await self.rest()
+
+    async def _is_here(self) -> bool:
+        """Have a look; returns whether all of the guest is here, and ours.
+
+        :raises QmigdError: it has failed, or must not go on.
+        """
+        status = await self.look()
+        if status in OVER and status != "completed":
+            raise MigrationError(f"QEMU's migration {status}: {await self.reason()}")
+        if self._failure is not None:
+            raise self._failure
+        if self._owned is Owned.NO:
+            self._raise_if_over()
+            if status == "completed":
+                self.record.update(step="waiting for the source to release the guest")
+            return False
+        if await self._settled(status):
+            return True
+        self._raise_if_torn(status)
+        return False
 
     async def _settled(self, status: str) -> bool:
         """The guest is ours: let it run; returns whether all of it is here."""
