@@ -71,8 +71,11 @@ class FaultCase(PairCase):
             assert self.link_ is not None
             self.link_.cut()
 
-    def after(self, fault: str, pair: Pair) -> None:
-        """Wait until everybody has noticed, and bring back what was killed or cut."""
+    def after(self, fault: str, pair: Pair, *, told: bool = True) -> None:
+        """Wait until everybody has noticed, and bring back what was killed or cut.
+
+        :param told: the two daemons can still talk when the user cancels.
+        """
         if fault == SOURCE_QMIGD:
             pair.failed(pair.there)
             pair.here.restart()
@@ -84,6 +87,8 @@ class FaultCase(PairCase):
             pair.there.restart()
         elif fault != SOURCE_QMIGD:
             pair.failed(pair.there)
+        if fault == CANCEL and told:
+            self.assertEqual(pair.entry(pair.there)["status"], "cancelled")
         if fault == CUT and self.link_ is not None:
             self.link_.restore()
 
@@ -113,7 +118,7 @@ class FaultCase(PairCase):
             error = self.assertRaises(QmpError, pair.there.execute, "migrate-cancel", guest=NAME)
             self.assertIn("is on its way here", error.text)
         self.make(fault, pair)
-        self.after(fault, pair)
+        self.after(fault, pair, told=path != "baseline")
         self.stays(pair, path)
 
     def stays(self, pair: Pair, path: str) -> None:

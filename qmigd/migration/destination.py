@@ -26,6 +26,7 @@ from ..handshake.events import (
     Event,
     Released,
     Selected,
+    StatusSaid,
 )
 from ..interfaces import Settings
 from ..transports.descriptors import DescriptorAddress
@@ -37,6 +38,7 @@ from .ownership import Act, on_destination_failure
 from .ownership import Released as Owned
 from .parting import finish_late, goes_on, part_late
 from .services import Services
+from .status import outcome
 
 __all__ = ["Incoming"]
 
@@ -55,6 +57,7 @@ class Incoming(Answering):
         self._since: dict[str, float] = {}
         self._waits = True
         self._cancelled: str | None = None
+        self._cancelling: str | None = None
         self._failure: QmigdError | None = None
 
     async def carry_out(self) -> None:
@@ -190,6 +193,8 @@ class Incoming(Answering):
         """The source speaks."""
         if isinstance(event, CancelAsked):
             self._cancelled = event.reason or "cancelled at the source"
+        elif isinstance(event, StatusSaid) and "cancelling" in event.body:
+            self._cancelling = str(event.body["cancelling"])
         elif isinstance(event, Released):
             self.run = bool(event.body.get("run", True))
             Deferred.fromCoroutine(self._take_over())
@@ -231,6 +236,9 @@ class Incoming(Answering):
 
     async def settle(self, error: QmigdError | None) -> None:
         lingers = False
+        if error is not None and self._cancelling is not None and self._owned is Owned.NO:
+            # Whatever it was that broke: it was the user who has had it broken.
+            error = MigrationError(self._cancelling, code="cancelled")
         if error is not None:
             lingers = await self._recover()
             self.services.verdicts.settle(self.record.id, self._ran)
@@ -248,9 +256,10 @@ class Incoming(Answering):
             self.record.end("arrived")
             return
         log.warn(
-            "incoming migration {id} of guest {guest} failed: {error}",
+            "incoming migration {id} of guest {guest} {status}: {error}",
             id=self.record.id,
             guest=self.record.guest or "?",
+            status=outcome(error),
             error=error.text,
         )
         self.record.end("runs here" if self._ran else "not here", error)

@@ -65,6 +65,7 @@ class Settling(Proposing):
     async def settle(self, error: QmigdError | None) -> None:
         step = "moved"
         if error is not None:
+            self._announce(error)
             step = await self._recover(error)
         if self.control is not None:
             self._part(error)
@@ -88,6 +89,18 @@ class Settling(Proposing):
         self.record.end(step, error)
         if error is not None and later:
             Deferred.fromCoroutine(self._part_late(error))
+
+    def _announce(self, error: QmigdError) -> None:
+        """Tell the destination that its stream is about to end, by the user's wish.
+
+        It is told to cancel only when QEMU here is done: before, its QEMU has to go on.
+        """
+        control = self.control
+        if not isinstance(error, Cancelled) or not self._started or control is None:
+            return
+        if control.failure is None and self._outcome is None and not (self.plain or self.baseline):
+            control.machine.status({"cancelling": error.text})
+            control.flush()
 
     async def _end_programs(self, error: QmigdError | None) -> None:
         """Leave none of the programs that have carried the connections.
@@ -173,7 +186,9 @@ class Settling(Proposing):
         assert control is not None
         # The connection is QEMU's, or nobody is there who would understand.
         streams = self.plain or (self.baseline and self._started)
-        if error is None or control.failure is not None or self._outcome is not None or streams:
+        # Who waits for the peer has been told of a cancel like this; the connection is good.
+        lost = control.failure is not None and not isinstance(control.failure, Cancelled)
+        if error is None or lost or self._outcome is not None or streams:
             control.close()
         elif isinstance(error, Cancelled) and self._started:
             control.machine.cancel(error.text)
