@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -621,10 +622,15 @@ class JournalTests(FaultCase):
         pair = self.ready("7.2", "7.2")
         pair.begin("relay", bandwidth=SLOW)
         pair.wait(pair.here, "active")
+        state = Path(pair.here.config["daemon"]["state-dir"])
+        self.assertEqual(stat.S_IMODE(state.stat().st_mode), 0o700)
+        sockets = sorted(state.glob("run/relay-*/*"))
+        self.assertTrue(sockets)
         second = self.daemon("second")
-        second.config["daemon"]["state-dir"] = pair.here.config["daemon"]["state-dir"]
+        second.config["daemon"]["state-dir"] = str(state)
         error = self.assertRaises(DaemonDied, second.start)
         self.assertIn("another daemon uses the state directory", str(error))
+        self.assertEqual(sorted(state.glob("run/relay-*/*")), sockets)
         pair.set(max_bandwidth=1 << 30)
         pair.completed()
         pair.prove_moved()

@@ -134,10 +134,10 @@ class QmigdService(Service):
         daemon = config.daemon
         state = daemon.state_dir
         try:
+            self._lock = _locked(_private(state) / "lock")
             # What an earlier life left here are sockets that nobody listens on any more.
             shutil.rmtree(state / "run", ignore_errors=True)
             run_dir = _private(state / "run")
-            self._lock = _locked(state / "lock")
             host = _host(config, run_dir)
             journal = FileJournal(_private(state / "migrations"))
             leftovers = Leftovers(reactor, _private(state / "programs"))
