@@ -18,12 +18,12 @@ Once the two ends of a channel are there, a :class:`qmigd.channels.pump.Pump` jo
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 import socket
-import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
@@ -79,16 +79,8 @@ class _Relay(ABC):
         self._working = False
         self._opening: Deferred[PeerSocket] | None = None
         self._stopped: list[Deferred[None]] = []
-        try:
-            self._directory = tempfile.mkdtemp(prefix="relay-", dir=run_dir)
-        except OSError as error:
-            raise LocalError(
-                f"No directory can be made in the run directory {os.fspath(run_dir)}: "
-                f"{error.strerror}."
-            ) from None
-        path = os.path.join(self._directory, "qemu")
+        path = os.path.join(run_dir, f"relay-{secrets.token_hex(4)}")
         if len(os.fsencode(path)) > MAX_UNIX_PATH:
-            self._remove_directory()
             raise LocalError(
                 f"The run directory {os.fspath(run_dir)} has too long a path: that of a "
                 f"unix socket in it would have more than {MAX_UNIX_PATH} bytes."
@@ -249,13 +241,11 @@ class _Relay(ABC):
 
     def _check_stopped(self) -> None:
         if self._stopped and self._idle():
-            self._remove_directory()
+            # On the destination it is QEMU's, which may leave it.
+            Path(self.address.path).unlink(missing_ok=True)
             waiting, self._stopped = self._stopped, []
             for done in waiting:
                 done.callback(None)
-
-    def _remove_directory(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class SourceRelay(_Relay):
@@ -272,14 +262,14 @@ class SourceRelay(_Relay):
         mover: str = COPY,
     ) -> None:
         """
-        :param run_dir: where its directory is made; as short a path as can be.
+        :param run_dir: nobody else can enter it; as short a path as can be.
         :param channels: name and index of each, in the order in which QEMU connects.
         :param open_channel: opens one to the peer, and returns its socket once payload
             may flow; its errors are :class:`~qmigd.errors.QmigdError`.
         :param codec: makes what encodes and decodes, an object for each direction.
         :param mover: how the stream is moved to the peer, out of
             :data:`~qmigd.interfaces.MOVERS`; what comes back is little, and copied.
-        :raises LocalError: ``run_dir`` cannot be used, or has too long a path.
+        :raises LocalError: ``run_dir`` has too long a path.
         """
         super().__init__(reactor, run_dir, on_event, codec, outward=mover)
         self._planned = deque(channels)
@@ -355,11 +345,11 @@ class DestinationRelay(_Relay):
         mover: str = COPY,
     ) -> None:
         """
-        :param run_dir: where its directory is made; as short a path as can be.
+        :param run_dir: nobody else can enter it; as short a path as can be.
         :param codec: makes what encodes and decodes, an object for each direction.
         :param mover: how the stream is moved to QEMU, out of
             :data:`~qmigd.interfaces.MOVERS`; what goes back is little, and copied.
-        :raises LocalError: ``run_dir`` cannot be used, or has too long a path.
+        :raises LocalError: ``run_dir`` has too long a path.
         """
         super().__init__(reactor, run_dir, on_event, codec, inward=mover)
 

@@ -197,8 +197,6 @@ class QmigdService(Service):
         if (credentials := self._services.security.store) is not None:
             self._report(credentials.current)
         try:
-            for left in self._services.run_dir.glob("relay-*"):
-                shutil.rmtree(left, ignore_errors=True)
             for migration, role, entry in list(self._journal.entries()):
                 # The guests are reserved at once; QEMU may still take its time.
                 interrupted = Recovery(self._services, migration, role, entry)
