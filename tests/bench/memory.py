@@ -8,6 +8,8 @@ what the memory guest is filled with, and in QEMU the same amount out of ``/dev/
 The RAM of both is the same kind of memory, a memfd, with pages of the same size.  It was
 allocated before at both ends (``prealloc``), or it is allocated as it comes in.
 
+*Downtime* is what the source says of a guest that writes, asked for a limit.
+
 *Latency* is how long the guest waits for a page in postcopy, as it measures itself
 (``query-faults``), over a link of 1 Gbit/s between two namespaces, which the other pages
 saturate.
@@ -23,7 +25,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from tests.bench.course import cpu_seconds
-from tests.bench.table import Row, compare
+from tests.bench.table import Row, compare, single
 from tests.rig.daemons import free_ports
 from tests.rig.guest import Guest
 from tests.rig.memory import MemoryGuest
@@ -52,6 +54,10 @@ _SLOWER = (
 
 _OVERTAKES = 4.0
 
+#: Milliseconds that the guest may stand still, and what it writes meanwhile in a second.
+_DOWNTIME = 100
+_WRITES = "64M"
+
 
 class _Way(NamedTuple):
     """How a guest is moved."""
@@ -79,6 +85,7 @@ def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
             file.write(os.urandom(1 << 20))
     ways = [_Way(*way) for way in product((1, 4), (True, False))]
     moves: dict[_Way, tuple[list[_Moved], list[_Moved]]] = {way: ([], []) for way in ways}
+    downtimes: dict[int, list[float]] = {1: [], 4: []}
     latencies: dict[bool, list[Mapping[str, Any]]] = {False: [], True: []}
     try:
         for number in range(rounds):
@@ -90,8 +97,10 @@ def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
                 theirs.append(_qemu(way, noise))
                 if not number % 2:
                     ours.append(_memory(way))
-            for preempt, found in latencies.items():
-                found.append(_faults(preempt))
+            for channels, found in downtimes.items():
+                found.append(_downtime(channels))
+            for preempt, waits in latencies.items():
+                waits.append(_faults(preempt))
     finally:
         os.unlink(noise)
     rows = [
@@ -115,6 +124,17 @@ def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
             *([each.cpu for each in side] for side in found),
         )
         for way, found in moves.items()
+    ]
+    rows += [
+        single(
+            PART,
+            f"precopy, {channels} channel{'s' if channels > 1 else ''}, writing: downtime",
+            "ms",
+            found,
+            target=f"at most {_DOWNTIME}",
+            judge=lambda median, _: median <= _DOWNTIME,
+        )
+        for channels, found in downtimes.items()
     ]
     for name in ("p50", "p99"):
         rows.append(
@@ -140,12 +160,13 @@ def _set(guest: Any, capabilities: Sequence[str], **parameters: Any) -> None:
     guest.qmp("migrate-set-parameters", **parameters)
 
 
-def _move(source: Any, destination: Any, channels: int) -> _Moved:
+def _move(source: Any, destination: Any, channels: int, **parameters: Any) -> _Moved:
     """Move a guest."""
+    parameters |= {"max_bandwidth": _UNLIMITED, "multifd_channels": channels}
     uri = f"tcp:127.0.0.1:{free_ports()[0]}"
     for guest in (source, destination):
         capabilities = ["multifd"] if channels > 1 else []
-        _set(guest, capabilities, max_bandwidth=_UNLIMITED, multifd_channels=channels)
+        _set(guest, capabilities, **parameters)
     destination.qmp("migrate-incoming", uri=uri)
     pids = (source.process.pid, destination.process.pid)
     before = sum(map(cpu_seconds, pids))
@@ -208,6 +229,15 @@ def _qemu(way: _Way, noise: str) -> _Moved:
             for name, incoming in (("source", False), ("destination", True))
         )
         return _move(source.start(), destination.start(), way.channels)
+
+
+def _downtime(channels: int) -> float:
+    """Move a guest that writes; returns the milliseconds that it has stood still."""
+    with ExitStack() as stack:
+        argv = ("-m", f"{_BEHIND}M", "-dirty-rate", _WRITES, "-fill", "random")
+        source, destination = _pair(stack, *argv, "-pattern", "random")
+        _move(source, destination, channels, downtime_limit=_DOWNTIME)
+        return float(source.qmp("query-migrate")["downtime"])
 
 
 def _faults(preempt: bool) -> Mapping[str, Any]:
