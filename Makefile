@@ -76,7 +76,7 @@ qemus: setup
 	@$(BIN)/python -m tests.rig.ssh
 
 kernel: qemus
-	@$(HOST) /etc/libibverbs.d/rxe.driver
+	@$(HOST) /etc/libibverbs.d/rxe.driver /usr/lib/python3/dist-packages/pyverbs
 	@$(BIN)/python -m tests.rig.kernel
 	@$(BIN)/python -m tests.rig.rdma
 

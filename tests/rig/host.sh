@@ -14,6 +14,7 @@ package_of() {
         qemu-system-x86_64) echo qemu-system-x86 ;;
         ip) echo iproute2 ;;
         /etc/libibverbs.d/*) echo ibverbs-providers ;;
+        */dist-packages/pyverbs) echo python3-pyverbs ;;
         *) echo "$1" ;;
     esac
 }

@@ -24,12 +24,17 @@ module           what it has
 ``answers``      what the destination says to it
 ``sending``      its pages over the main channel
 ``spreading``    its multifd channels, and zero copy
+``writing``      its pages by RDMA
 ``switching``    its postcopy
 ``throttle``     auto-converge
 ``incoming``     the destination's side: the connections
 ``receiving``    what comes over the main channel, and over that of preempt
 ``gathering``    its multifd channels
+``landing``      its RDMA
 ``faults``       its postcopy
+``roce``         which RDMA device serves an address
+``verbs``        a queue pair, by pyverbs
+``pairing``      what both sides' queue pairs have to know of each other, and how it is said
 ``monitor``      the QMP commands
 ``__main__``     the process: ``python -m qmigd.guests.memory``
 ===============  =====================================================================

@@ -24,7 +24,10 @@ from qmigd.guests.memory.vector import Vector
 from qmigd.transports.mptcp import IPPROTO_MPTCP
 from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress, parse_uri
 
-__all__ = ["Channel", "Lost", "Pace", "Rate", "check", "connect", "listen"]
+__all__ = ["Channel", "Lost", "Pace", "Rate", "by_rdma", "check", "connect", "listen"]
+
+#: What a URI begins with where pages go by RDMA and all else over TCP.
+_RDMA = "rdma:"
 
 #: Buffers in one sendmsg() (IOV_MAX).
 _VECTOR = 1024
@@ -234,7 +237,7 @@ class Channel:
         :raises Lost: the connection broke, or ended within.
         """
         data = bytearray(count)
-        return bytes(data) if self.receive(memoryview(data)) else b""
+        return bytes(data) if not count or self.receive(memoryview(data)) else b""
 
     def shut(self) -> None:
         """End whatever waits in it, at either end."""
@@ -251,26 +254,36 @@ def _size(buffer: Any) -> int:
     return buffer.nbytes if hasattr(buffer, "nbytes") else len(buffer)
 
 
+def by_rdma(end: str | socket.socket) -> bool:
+    """Whether pages go to or come from there by RDMA."""
+    return isinstance(end, str) and end.startswith(_RDMA)
+
+
+def _parse(uri: str) -> Any:
+    return parse_uri(f"tcp:{uri.removeprefix(_RDMA)}" if by_rdma(uri) else uri)
+
+
 def check(uri: str) -> None:
     """See that a stream can go to or come from there.
 
     :raises ArgumentError: it cannot; the text says why.
     """
-    address = parse_uri(uri)
+    address = _parse(uri)
     if not isinstance(address, TcpAddress | UnixAddress | VsockAddress):
         raise ArgumentError(
-            f"A memory guest cannot migrate over {address}; it can over tcp:, unix:, vsock: and fd:"
+            f"A memory guest cannot migrate over {address}; it can over tcp:, rdma:, unix:, vsock:"
+            " and fd:"
         )
 
 
 def connect(uri: str) -> socket.socket:
-    """Connect to ``tcp:``, ``unix:`` or ``vsock:``.
+    """Connect to ``tcp:``, ``rdma:``, ``unix:`` or ``vsock:``.
 
     :raises ArgumentError: the URI is nothing that one can connect to.
     :raises OSError: nobody takes the connection.
     """
     address: Any
-    match parse_uri(uri):
+    match _parse(uri):
         case TcpAddress(host, port, mptcp):
             return _connect_tcp(host, port, mptcp)
         case UnixAddress(path=path):
@@ -311,13 +324,13 @@ def _tcp(family: int, kind: int, mptcp: bool) -> socket.socket:
 
 
 def listen(uri: str) -> socket.socket:
-    """Listen on ``tcp:``, ``unix:`` or ``vsock:``.
+    """Listen on ``tcp:``, ``rdma:``, ``unix:`` or ``vsock:``.
 
     :raises ArgumentError: the URI is nothing that one can listen on.
     :raises OSError: somebody does already.
     """
     address: Any
-    match parse_uri(uri):
+    match _parse(uri):
         case TcpAddress(host, port, mptcp):
             family, kind, _, _, address = socket.getaddrinfo(
                 host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.logger import Logger
 
-from qmigd.errors import ArgumentError, QmigdError
-from qmigd.guests.memory.channels import Channel, Lost, listen
+from qmigd.errors import ArgumentError, GuestError, QmigdError
+from qmigd.guests.memory.channels import Channel, Lost, by_rdma, listen
+from qmigd.guests.memory.landing import Landing
+from qmigd.guests.memory.pairing import MAGIC as PAIRING
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.receiving import Receiver, Torn
 from qmigd.stream import multifd
@@ -117,6 +119,8 @@ class Incoming:
         missing = {"main"}
         if settings.on("multifd"):
             missing |= {f"multifd {index}" for index in range(settings["multifd-channels"])}
+        elif by_rdma(self._source):
+            missing.add("rdma")
         preempt = settings.on("postcopy-preempt")
         try:
             while (missing or preempt) and not self.progress.over:
@@ -127,10 +131,12 @@ class Incoming:
                     magic = self._magic(channel)
                     kind = self._identify(channel, magic)
                     if kind not in missing:
-                        raise Lost(f"a second connection for {kind}")
+                        raise Lost(f"a connection for {kind} too many")
                     missing.discard(kind)
                     if kind == "main":
                         self._take(channel, magic)
+                    elif kind == "rdma":
+                        self._spawn(self._land, self._receiver.take_rdma(channel))
                 else:
                     preempt = False
                     self._spawn(self._receiver.take_preempt, channel)
@@ -174,6 +180,8 @@ class Incoming:
         """Return which channel of the migration it is; one of multifd is looked after then."""
         if magic == MAGIC:
             return "main"
+        if magic == PAIRING:
+            return "rdma"
         if int.from_bytes(magic, "big") != multifd.MAGIC:
             raise Lost(f"it begins with {magic!r}")
         rest = channel.take(multifd.INITIAL_SIZE - len(magic))
@@ -191,6 +199,13 @@ class Incoming:
             if channel not in self._channels:
                 self._channels.append(channel)
         self._spawn(self._load, channel, begun)
+
+    def _land(self, landing: Landing) -> None:
+        """Have RAM written to by RDMA; a thread of its own."""
+        try:
+            landing.serve()
+        except (Lost, GuestError) as error:
+            self._failed(error.text if isinstance(error, GuestError) else str(error))
 
     # -- the stream
 

@@ -22,7 +22,7 @@ from itertools import count
 from typing import Any
 
 from qmigd.errors import ArgumentError, GuestError
-from qmigd.guests.memory.channels import check
+from qmigd.guests.memory.channels import by_rdma, check
 from qmigd.guests.memory.contents import Pattern
 from qmigd.guests.memory.devices import State
 from qmigd.guests.memory.faults import can_serve
@@ -32,7 +32,9 @@ from qmigd.guests.memory.outgoing import Outgoing
 from qmigd.guests.memory.progress import BUSY
 from qmigd.guests.memory.ram import PAGE, Ram
 from qmigd.guests.memory.settings import Settings
+from qmigd.guests.memory.verbs import usable
 from qmigd.guests.memory.workload import Workload
+from qmigd.interfaces import No
 
 __all__ = ["Machine"]
 
@@ -251,6 +253,12 @@ class Machine:
         several = self.settings.on("multifd") or self.settings.on("postcopy-preempt")
         if not isinstance(end, str) and several:
             raise ArgumentError("Migration requires multi-channel URIs (e.g. tcp)")
+        if by_rdma(end):
+            for name in ("multifd", "postcopy-ram"):
+                if self.settings.on(name):
+                    raise ArgumentError(f"RDMA and {name} do not go together")
+            if isinstance(answer := usable(self.ram.size), No):
+                raise GuestError(f"RDMA cannot be used: {answer.reason}")
 
     def cancel(self) -> None:
         """Ask for the end of the outgoing migration."""

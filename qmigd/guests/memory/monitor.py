@@ -16,11 +16,13 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.threads import deferToThreadPool
 
 from qmigd.errors import ArgumentError, CommandNotFound, DeviceNotFound, GuestError
+from qmigd.guests.builds import missing
 from qmigd.guests.memory.devices import MACHINE
 from qmigd.guests.memory.machine import Machine
 from qmigd.guests.memory.options import Start
 from qmigd.guests.memory.ram import PAGE
 from qmigd.guests.memory.settings import SCHEMA
+from qmigd.guests.memory.verbs import usable
 from qmigd.qmp.descriptors import Descriptors
 from qmigd.qmp.server import QMPServer
 from qmigd.transports.doors import listen_unix
@@ -31,6 +33,9 @@ __all__ = ["PACKAGE", "VERSION", "Monitor"]
 #: with postcopy, and multifd has zero pages.
 VERSION = "10.1.0"
 PACKAGE = "qmigd-memory"
+
+#: The type by which qmigd asks whether there is RDMA.
+_RDMA = "qio-channel-rdma"
 
 _Json = dict[str, Any]
 
@@ -162,8 +167,14 @@ class Monitor:
             return f"{MACHINE}-machine"
         raise GuestError(f"Property '{path}.{name}' not found")
 
-    async def _device_properties(self, arguments: _Json, _: Descriptors) -> None:
-        raise DeviceNotFound(f"Device '{arguments.get('typename')}' not found")
+    async def _device_properties(self, arguments: _Json, _: Descriptors) -> list[_Json]:
+        name, reason = str(arguments.get("typename")), ""
+        if name == _RDMA:
+            answer = await self._thread(usable, self.machine.ram.size)
+            if answer:
+                return []
+            reason = answer.reason
+        raise DeviceNotFound(missing(name, reason))
 
     async def _hmp(self, arguments: _Json, _: Descriptors) -> str:
         if arguments.get("command-line") != "info ramblock":

@@ -26,7 +26,7 @@ from twisted.logger import Logger
 from qmigd.errors import QmigdError, StreamError
 from qmigd.guests.memory import devices
 from qmigd.guests.memory.answers import Answers
-from qmigd.guests.memory.channels import Channel, Lost, Pace, connect
+from qmigd.guests.memory.channels import Channel, Lost, Pace, by_rdma, connect
 from qmigd.guests.memory.devices import DEVICE, MACHINE, State
 from qmigd.guests.memory.dirty import Tracker, track
 from qmigd.guests.memory.passes import Passes
@@ -35,6 +35,7 @@ from qmigd.guests.memory.ram import PAGE
 from qmigd.guests.memory.sending import BATCH, RAM_SECTION, MainSender, Sender
 from qmigd.guests.memory.spreading import MultifdSender
 from qmigd.guests.memory.switching import Following, discards
+from qmigd.guests.memory.writing import RdmaSender
 from qmigd.stream import writer
 from qmigd.stream.format import RAM_NAME, RAM_VERSION, RamBlock, SectionType
 from qmigd.stream.multifd import Initial
@@ -209,6 +210,8 @@ class Outgoing:
         self._pages = pages
         if machine.settings.on("multifd"):
             self._pages = pages = self._spread(main, sender)
+        elif by_rdma(target):
+            self._pages = pages = self._write(main, sender)
         self._set_up(main)
         pages.sync()
         progress.setup_time = time.monotonic() - progress.begun
@@ -247,6 +250,14 @@ class Outgoing:
         return MultifdSender(
             *(self.machine.ram, sender, main, channels, self.progress, self.pace),
             *(self._interrupted, settings),
+        )
+
+    def _write(self, main: Channel, sender: MainSender) -> RdmaSender:
+        """Open the connection that pairs the queue pairs."""
+        assert isinstance(self._target, str)
+        return RdmaSender(
+            *(self.machine, sender, main, self._add(connect(self._target))),
+            *(self.progress, self.pace, self._interrupted, self._check),
         )
 
     def _set_up(self, main: Channel) -> None:

@@ -30,6 +30,8 @@ PAGE = mmap.PAGESIZE
 _PIECE = 64
 #: Runs that are received each by itself at the most.
 _PLACES = 8
+#: What a page that nobody has written holds.
+_ZEROS = np.zeros((1, PAGE), np.uint8)
 
 #: Numbers of pages.
 Pages = NDArray[np.int64]
@@ -68,6 +70,8 @@ class Ram:
                 populate(address, size)
         self.log: NDArray[np.bool_] | None = None
         self._log_lock = threading.Lock()
+        self._pinned: NDArray[np.bool_] | None = None
+        self._pinning = threading.Lock()
 
     # -- for the workload
 
@@ -143,8 +147,30 @@ class Ram:
         return [self.bytes[first * PAGE : end * PAGE] for first, end in runs]
 
     def discard(self, first: int, end: int) -> None:
-        """Make holes of pages."""
-        punch(self.descriptor, first * PAGE, (end - first) * PAGE)
+        """Make holes of pages; of those that are pinned, zero bytes."""
+        with self._pinning:
+            if self._pinned is None or not self._pinned[first:end].any():
+                punch(self.descriptor, first * PAGE, (end - first) * PAGE)
+                return
+            pinned = self._pinned[first:end]
+            for start, stop in runs(first + np.flatnonzero(~pinned)):
+                punch(self.descriptor, start * PAGE, (stop - start) * PAGE)
+            for page in (first + np.flatnonzero(pinned)).tolist():
+                self.put(page, _ZEROS)
+
+    def pin(self, first: int, end: int) -> None:
+        """A device writes to these pages from now on: it would go on with those that were there
+        where others had come into holes.
+        """
+        with self._pinning:
+            if self._pinned is None:
+                self._pinned = np.zeros(self.pages, np.bool_)
+            self._pinned[first:end] = True
+
+    def unpin(self) -> None:
+        """No device does any more."""
+        with self._pinning:
+            self._pinned = None
 
     def close(self) -> None:
         """Give it back; no thread may be in it any more."""

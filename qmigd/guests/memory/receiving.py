@@ -18,6 +18,7 @@ from qmigd.guests.memory.channels import Channel, Lost
 from qmigd.guests.memory.devices import DEVICE, MACHINE, SIZE, State
 from qmigd.guests.memory.faults import Faults
 from qmigd.guests.memory.gathering import Gathering
+from qmigd.guests.memory.landing import Landing
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.ram import PAGE, runs
 from qmigd.stream import events, return_path
@@ -62,6 +63,7 @@ class Receiver:
         self._listening = threading.Event()  # the faults are there, or will never be
         self._overtaken = threading.Event()  # nothing more comes over the preempt channel
         self._gathering = Gathering(machine, self._received)
+        self._landing: Landing | None = None
         self._reader = Reader(sizes={(DEVICE, 0): SIZE})
 
     @property
@@ -78,6 +80,8 @@ class Receiver:
         """End what waits."""
         self._listening.set()
         self._gathering.close()
+        if self._landing is not None:
+            self._landing.close()
         if self._faults is not None:
             self._faults.close()
 
@@ -127,6 +131,8 @@ class Receiver:
                 raise Torn("the channel for pages that are waited for did not end")
             self._faults.finish()
         self._gathering.close()
+        if self._landing is not None:
+            self._landing.close()
         if not self._postcopy:
             self._machine.loaded()
         self._say(return_path.Shut(0))
@@ -157,6 +163,8 @@ class Receiver:
                 self._check_blocks(blocks)
             case events.MultifdFlush():
                 self._gathering.meet()
+            case events.Hook() if self._landing is not None:
+                self._landing.meet()
             case events.Command(number=number, data=contents):
                 self._command(number, contents)
             case events.Description():
@@ -260,6 +268,11 @@ class Receiver:
     def take_multifd(self, channel: Channel, index: int) -> None:
         """Take the pages of a multifd channel from here on."""
         self._gathering.take(channel, index)
+
+    def take_rdma(self, channel: Channel) -> Landing:
+        """Return what takes pages that are written by RDMA, to be served."""
+        self._landing = Landing(self._machine, channel)
+        return self._landing
 
     def take_preempt(self, channel: Channel) -> None:
         """Take the pages that were waited for."""

@@ -104,7 +104,13 @@ class MainSender:
 
     def send(self, pages: Pages, present: NDArray[np.bool_] | None) -> None:
         self._pace.wait(self._interrupted)
-        normal, zeros = split_zeros(self._ram, pages, present)
+        self._put(*split_zeros(self._ram, pages, present))
+
+    def send_zeros(self, pages: Pages) -> None:
+        """Send pages of zero bytes, where the others go elsewhere."""
+        self._put(pages[:0], pages)
+
+    def _put(self, normal: Pages, zeros: Pages) -> None:
         parts: list[Any] = self.enter()
         if len(zeros):
             parts += self._records.zeros(self._ram.name, zeros * PAGE)
@@ -126,7 +132,7 @@ class MainSender:
         progress.normal += len(normal)
         progress.duplicate += len(zeros)
         progress.transferred += count
-        self._open += len(pages)
+        self._open += len(normal) + len(zeros)
         if self._open >= _SECTION:
             self.leave()
 

@@ -21,6 +21,7 @@ CAPABILITIES: Mapping[str, tuple[str, ...]] = {
     "multifd": (),
     "postcopy-preempt": ("postcopy-ram",),
     "postcopy-ram": (),
+    "rdma-pin-all": (),
     "return-path": (),
     "zero-copy-send": ("multifd",),
 }
