@@ -12,6 +12,7 @@ from typing import Any
 from tests.rig.daemons import Daemon
 from tests.rig.netns import Namespace
 from tests.rig.news import DEADLINE, ask_until
+from tests.rig.preloaded import MEMORY
 from tests.rig.process import Process, temporary_directory
 from tests.rig.qmp import Lost, QmpClient
 
@@ -31,16 +32,19 @@ class MemoryGuest:
         *,
         path: str = "",
         namespace: Namespace | None = None,
+        preloaded: bool = False,
     ) -> None:
         """:param argv: for a guest that :meth:`start` starts.
         :param namespace: where its network is then, if not here.
         :param path: the QMP socket of one that somebody else starts.
+        :param preloaded: it need not load its own Python, if it runs here (see ``preloaded``).
         """
         self.name = name
         self.directory = temporary_directory()
         self.qmp_path = path or os.path.join(self.directory, "qmp")
         self._argv = argv
         self._prefix = namespace.prefix if namespace else ()
+        self._preloaded = preloaded and namespace is None
         self._process: Process | None = None
         self._monitor: QmpClient | None = None
 
@@ -56,21 +60,14 @@ class MemoryGuest:
 
     def launch(self) -> MemoryGuest:
         """Start it."""
-        self._process = Process.start(
-            [
-                *(
-                    *self._prefix,
-                    sys.executable,
-                    "-m",
-                    "qmigd.guests.memory",
-                    "-name",
-                    "vm",
-                    *self._argv,
-                ),
-                *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
-            ],
-            log=os.path.join(self.directory, "log"),
-        )
+        log = os.path.join(self.directory, "log")
+        given = ["-name", "vm", *self._argv, "-qmp", f"unix:{self.qmp_path},server=on,wait=off"]
+        if self._preloaded:
+            argv = [MEMORY, *given]
+            self._process = Process.fork(argv, log=log, environment={}, directory=self.directory)
+        else:
+            argv = [*self._prefix, sys.executable, "-m", MEMORY, *given]
+            self._process = Process.start(argv, log=log)
         return self
 
     def wait(self) -> MemoryGuest:

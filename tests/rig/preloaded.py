@@ -3,12 +3,14 @@
 It has loaded Twisted and all of qmigd, and nothing has run in it.  A daemon that is forked
 off it is one like any other, a process and a session of its own with its own command line,
 directory and environment; but that comes at once, where loading takes 0.2 s, and seconds
-on an emulated CPU.  What is about starting itself (the demo, the benchmarks, the packages)
-starts a Python of its own.
+on an emulated CPU.  So is a memory guest, for which more is loaded when the first one is
+asked for.  What is about starting itself (the demo, the benchmarks, the packages) starts a
+Python of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -22,7 +24,10 @@ from typing import Any
 from tests.rig.keeper import keep_process
 from tests.rig.news import DEADLINE
 
-__all__ = ["Child", "fork"]
+__all__ = ["MEMORY", "Child", "fork"]
+
+#: The module of the memory guest.
+MEMORY = "qmigd.guests.memory"
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,9 +64,9 @@ class Child:
 def fork(
     argv: Sequence[str], output: int, *, directory: str | None, environment: Mapping[str, str]
 ) -> Child:
-    """Start ``twistd``.
+    """Start ``twistd``, or a memory guest.
 
-    :param argv: its command line.
+    :param argv: its command line, which begins with ``twistd``, or with :data:`MEMORY`.
     :param output: the descriptor for what it prints.
     :param environment: all of it.
     """
@@ -114,8 +119,7 @@ def _load() -> None:
     list(getPlugins(IServiceMaker))
     for point in entry_points(group="qmigd.features"):
         point.load()
-    if "twisted.internet.reactor" in sys.modules:
-        raise AssertionError("A reactor was made, which all daemons would share.")
+    _no_reactor()
     gc.freeze()
 
 
@@ -129,7 +133,11 @@ def _main(link: socket.socket) -> None:
         if "reap" in question:
             pid, status = os.waitpid(question["reap"], 0 if question["block"] else os.WNOHANG)
             answer = {"code": os.waitstatus_to_exitcode(status) if pid else None}
-        elif pid := os.fork():
+            link.send(json.dumps(answer).encode())
+            continue
+        if question["argv"][0] == MEMORY:
+            _load_memory()
+        if pid := os.fork():
             os.close(descriptors[0])
             answer = {"pid": pid}
         else:
@@ -138,8 +146,26 @@ def _main(link: socket.socket) -> None:
         link.send(json.dumps(answer).encode())
 
 
+def _load_memory() -> None:
+    """Load all that a memory guest loads."""
+    import gc
+
+    from qmigd.guests.memory import verbs
+
+    # The drivers of RDMA devices.
+    with contextlib.suppress(Exception):
+        verbs.load().device.get_device_list()
+    _no_reactor()
+    gc.freeze()
+
+
+def _no_reactor() -> None:
+    if "twisted.internet.reactor" in sys.modules:
+        raise AssertionError("A reactor was made, which all that are forked would share.")
+
+
 def _become(question: Mapping[str, Any], output: int) -> None:
-    """Be the daemon; returns when that has ended."""
+    """Be the daemon or the guest; returns when that has ended."""
     os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -148,6 +174,11 @@ def _become(question: Mapping[str, Any], output: int) -> None:
     os.environ.clear()
     os.environ.update(question["environment"])
     sys.argv = question["argv"]
+    if sys.argv[0] == MEMORY:
+        from qmigd.guests.memory.__main__ import main
+
+        main()
+        return
     sys.path[0] = os.path.dirname(sys.argv[0])
     from twisted.scripts.twistd import run
 

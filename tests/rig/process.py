@@ -79,7 +79,7 @@ class Process:
     def fork(
         cls, argv: Sequence[str], *, log: str, environment: Mapping[str, str], directory: str
     ) -> Process:
-        """Like :meth:`start`, for a ``twistd`` that is loaded already (see ``preloaded``)."""
+        """Like :meth:`start`, for what is loaded already (see ``preloaded``)."""
         source, output = os.pipe()
         try:
             child = fork(
