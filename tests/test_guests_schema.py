@@ -87,7 +87,7 @@ class ReadTests(SynchronousTestCase):
         error = self.assertRaises(ArgumentError, schema.find, [INT, BOOL], "max_bandwith")
         self.assertIn("did you mean max-bandwidth?", str(error))
         error = self.assertRaises(ArgumentError, schema.find, [INT, BOOL], "zzz")
-        self.assertIn("'query-tunables' has those it has", str(error))
+        self.assertIn("'query-tunables' lists those that there are", str(error))
 
 
 class CoerceTests(SynchronousTestCase):

@@ -444,6 +444,7 @@ class PolicyTests(SynchronousTestCase):
 
     def test_contradiction_in_itself(self) -> None:
         self.assertRaises(FeatureError, Policy().narrowed, (), ["x"], ["x"])
+        self.assertRaises(FeatureError, Policy().narrowed, ["x"], (), ["x"])
 
     def test_unknown_names(self) -> None:
         self.assertEqual(Policy(("a",), ("b",), ("c",)).unknown(["b"]), ("a", "c"))

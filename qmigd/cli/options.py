@@ -74,6 +74,13 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _days(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of days") from None
+
+
 def _plain(text: str) -> str:
     """Return a text of the declarations as it reads in a terminal.
 
@@ -284,7 +291,11 @@ def _pki(parser: argparse.ArgumentParser) -> None:
             name, help=text, description=f"{text}.", parents=[common], allow_abbrev=False
         )
         action.add_argument(
-            "--days", metavar="N", type=int, default=days, help=f"good for N days (default: {days})"
+            "--days",
+            metavar="N",
+            type=_days,
+            default=days,
+            help=f"good for N days (default: {days})",
         )
         if name == "host":
             action.add_argument(

@@ -135,7 +135,9 @@ def find(tunables: Iterable[Tunable], name: str) -> Tunable:
     if name in by_name:
         return by_name[name]
     near = get_close_matches(name.replace("_", "-"), by_name, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "'query-tunables' has those it has"
+    hint = "'query-tunables' lists those that there are"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
     raise ArgumentError(f"this guest's QEMU has no migration parameter '{name}'; {hint}")
 
 

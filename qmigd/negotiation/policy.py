@@ -43,9 +43,9 @@ class Policy:
         contrary is refused.  In ``prefer`` the migration's own names come first.
 
         :param legacy: ``None``: as the operator says.
-        :raises FeatureError: the same name would be required and excluded.
+        :raises FeatureError: it asks for what cannot be, for itself or beside the operator's.
         """
-        require, exclude = tuple(require), tuple(exclude)
+        prefer, require, exclude = tuple(prefer), tuple(require), tuple(exclude)
         for name in require:
             if name in self.exclude:
                 raise FeatureError(
@@ -58,8 +58,9 @@ class Policy:
                     f"{name} is excluded here but required by the [policy] of this daemon's "
                     f"configuration"
                 )
-            if name in require:
-                raise FeatureError(f"{name} is both required and excluded; name it once")
+            for word, names in (("required", require), ("preferred", prefer)):
+                if name in names:
+                    raise FeatureError(f"{name} is both {word} and excluded; name it once")
         return Policy(
             _unique((*prefer, *self.prefer)),
             _unique((*self.require, *require)),
