@@ -68,12 +68,12 @@ _MAY_NAME = (
 _NAMESAKES = re.compile(r"\[tls\]|\[policy\] has tls = |'tls' in ")
 #: The modules that are about those, or about a key of that name.
 _NAMESAKE_OF = {
-    "mptcp": {"daemon/config_file.py", "daemon/service.py"},
+    "mptcp": {"daemon/config_file.py", "daemon/configured_host.py"},
     "tls": {
         "channels/kernel_tls.py",
         "cli/pki.py",
         "daemon/config_file.py",
-        "daemon/service.py",
+        "daemon/configured_host.py",
         "errors.py",
         "wire/greeting.py",
     },

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -26,13 +25,12 @@ from twisted.logger import Logger
 from twisted.python import usage
 
 from .. import __version__
-from ..channels import kernel_tls
 from ..channels.attach import Attachments
 from ..channels.credentials import Credentials, CredentialStore
 from ..errors import ConfigError, QmigdError
 from ..features.registry import load_features
 from ..guests import quirks
-from ..interfaces import KERNEL, POLICY, Answer, GuestFacts, Host, IFeature, No, Yes
+from ..interfaces import GuestFacts, IFeature
 from ..migration.legacy_incoming import LegacyFactory
 from ..migration.listening import IncomingFactory
 from ..migration.recovery import Recovery
@@ -44,15 +42,14 @@ from ..negotiation.policy import Policy
 from ..negotiation.terms import Conflict
 from ..transports.descriptors import ChannelRequests
 from ..transports.leftovers import Leftovers
-from ..transports.mptcp import is_available
 from ..transports.ports import PortRange
 from ..transports.reasons import not_listening
 from ..transports.uri import Door, InBandAddress, bare
 from ..wire.greeting import TLS
 from .commands import Commands
-from .config import Config, GuestConfig, TlsConfig, unknown_names
+from .config import Config, GuestConfig, unknown_names
 from .config_file import load
-from .host import gather
+from .configured_host import configured
 from .journal import FileJournal
 from .monitor import Monitor
 from .registry import GuestRegistry
@@ -138,7 +135,7 @@ class QmigdService(Service):
             # What an earlier life left here are sockets that nobody listens on any more.
             shutil.rmtree(state / "run", ignore_errors=True)
             run_dir = _private(state / "run")
-            host = _host(config, run_dir)
+            host = configured(config, run_dir)
             journal = FileJournal(_private(state / "migrations"))
             leftovers = Leftovers(reactor, _private(state / "programs"))
             self._guests = GuestRegistry(reactor, config.guests, state, daemon.guest_deadline)
@@ -297,63 +294,6 @@ class QmigdService(Service):
         closing += [_deferred(port.stopListening()) for port in self._ports]
         self._journal.close()
         return DeferredList(closing)
-
-
-def _host(config: Config, run_dir: Path) -> Host:
-    """Find out what this host can do.
-
-    :raises OSError: the run directory cannot be written to.
-    """
-    facts = replace(gather(), mptcp=_mptcp(config), kernel_tls=_NO_TLS)
-    if config.tls_policy == "off":
-        if config.tls is not None:
-            facts = replace(facts, tls=No("it is switched off", POLICY))
-        return facts
-    if config.tls is None:
-        return facts
-    return replace(
-        facts,
-        tls=Yes(),
-        kernel_tls=_NO_MPTCP_TLS if facts.mptcp else _kernel_tls(),
-        tls_directory=str(_for_qemu(config.tls, run_dir / "tls")),
-    )
-
-
-_NO_TLS = No("there is no TLS here that the kernel could take over")
-
-#: With Multipath TCP, any connection may turn out to be one.
-_NO_MPTCP_TLS = No("Linux does not do the TLS of Multipath TCP ('mptcp' in [daemon])", POLICY)
-
-
-def _mptcp(config: Config) -> Answer:
-    if not config.daemon.mptcp:
-        return No("it is switched off ('mptcp' in [daemon])", POLICY)
-    reason = is_available()
-    return No(reason, KERNEL) if reason else Yes()
-
-
-def _kernel_tls() -> Answer:
-    found = kernel_tls.probe()
-    if not found:
-        return No(found.reason, KERNEL)
-    # Any of them may come out of a handshake, and it shows only then.
-    if missing := [name for name in kernel_tls.CIPHERS if name not in found.ciphers]:
-        return No(f"its kernel TLS lacks {', '.join(missing)}", KERNEL)
-    return Yes()
-
-
-def _for_qemu(tls: TlsConfig, directory: Path) -> Path:
-    """Make a directory that shows the certificates under the names that QEMU wants."""
-    directory.mkdir(mode=0o700)
-    for name, file in (
-        ("ca-cert.pem", tls.authority),
-        ("server-cert.pem", tls.certificate),
-        ("server-key.pem", tls.key),
-        ("client-cert.pem", tls.certificate),
-        ("client-key.pem", tls.key),
-    ):
-        (directory / name).symlink_to(file)
-    return directory
 
 
 def _policy(config: Config) -> Policy:
