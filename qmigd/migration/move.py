@@ -165,7 +165,7 @@ class Move(ABC):
         if examined.migration != "none":
             # It cannot be told any more where to wait, and is somebody else's to end.
             raise GuestError(
-                f"guest {guest.name} does not wait {what} of qmigd's: its QEMU waits for a stream "
+                f"guest {guest.name} does not wait {what}: its QEMU waits for a stream "
                 f"by itself, or has had one (its migration is {examined.migration}); start it "
                 f"with -incoming defer",
                 code="guest-not-waiting",
