@@ -188,6 +188,28 @@ class LifeTests(MemoryMoves):
         first, second = self.source.clock()["places"]
         self.assertEqual(first["to"], second["from"])
 
+    def test_does_not_start(self) -> None:
+        """Why it does not is in the log, and is told whoever asks, or wants to move it in."""
+        guest = {"memory": {"size": "64T"}}
+        waiting = {"memory": {"size": "64T", "incoming": True}}
+        self.two()
+        there = self.daemon("third", guests={"much": guest, "vm": waiting})
+        there.start()
+        reason = "there is no room for its 67108864 MiB of RAM"
+
+        def told() -> str:
+            shown = {one["name"]: one for one in there.execute("query-guests")}
+            return str(shown["much"].get("reason", ""))
+
+        ask_until(told, lambda: f"a reason; {there.log}")
+        self.assertIn("the process of guest much ended as soon as it was started", told())
+        self.assertIn(reason, told())
+        self.assertIn(reason, there.log)
+        self.there = there
+        failed = self.ended(self.here, self.begin("direct"))
+        self.assertIn("the process of guest vm ended as soon", failed["error"]["desc"])
+        self.stayed()
+
     def test_is_not_started_twice(self) -> None:
         """A guest that was moved away and whose process has ended stays away, until it returns."""
         self.two(policy={"source-after": "quit"})

@@ -78,7 +78,12 @@ class GuestRegistry:
         if not config.command:
             return None
         return Launcher(
-            self._reactor, config.name, config.command, state_dir, deadline=3 * self._deadline
+            self._reactor,
+            config.name,
+            config.command,
+            state_dir,
+            deadline=3 * self._deadline,
+            program="QEMU" if config.memory is None else "process",
         )
 
     async def start_guests(self) -> None:
@@ -170,7 +175,8 @@ class GuestRegistry:
         """
         if entry.launcher is not None and not await entry.launcher.running():
             away = entry.config.memory is not None and moved_away(entry.launcher.qmp)
-            return "not-started", "it was moved away from here" if away else ""
+            reason = "it was moved away from here" if away else entry.launcher.failure
+            return "not-started", reason
         try:
             async with self._held(entry) as guest:
                 if closely:
@@ -273,8 +279,8 @@ class GuestRegistry:
                 await guest.quit()
                 return True
             raise GuestBusy(
-                f"the QEMU of guest '{entry.config.name}' here is {status} and waits for no "
-                f"migration; end it first if it is of no use any more"
+                f"guest '{entry.config.name}' is {status} here and waits for no migration; "
+                f"end it first if it is of no use any more"
             )
         except GuestGone:
             return True

@@ -42,6 +42,7 @@ class Launcher:
 
     :ivar qmp: the address of its QMP socket.
     :ivar log: the file that has what it printed.
+    :ivar failure: why it could not be started the last time, or empty.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Launcher:
         state_dir: Path,
         *,
         deadline: float = 30.0,
+        program: str = "QEMU",
     ) -> None:
         """:param argv: its command line, without ``-incoming``, from the configuration.
         :param deadline: seconds that it has from its start to an open QMP socket,
             and from an asked-for end to its end.
+        :param program: what it is called where something is wrong with it.
         :raises GuestError: the state directory's path is too long for a socket.
         """
         self._socket = state_dir / f"{name}.qmp"
@@ -65,6 +68,8 @@ class Launcher:
         self._name = name
         self._argv = tuple(argv)
         self._deadline = deadline
+        self._program = program
+        self.failure = ""
         self._process: _Process | None = None
         if len(os.fsencode(self._socket)) > _SUN_PATH:
             raise GuestError(
@@ -104,14 +109,21 @@ class Launcher:
             try:
                 await self._process.end(self._deadline)
             except TimeoutError:
-                raise GuestBusy(f"the QEMU of guest {self._name} is still running") from None
+                raise GuestBusy(
+                    f"the {self._program} of guest {self._name} is still running"
+                ) from None
             self._process = None
-        self._process = process = self._spawn(incoming)
         try:
-            await self._opened(process)
-        except BaseException:
-            process.kill()
+            self._process = process = self._spawn(incoming)
+            try:
+                await self._opened(process)
+            except BaseException:
+                process.kill()
+                raise
+        except GuestError as error:
+            self.failure = error.text
             raise
+        self.failure = ""
 
     def _spawn(self, incoming: bool) -> _Process:
         path = os.fspath(self._socket).replace(",", ",,")  # QEMU's way to write a comma
@@ -129,7 +141,7 @@ class Launcher:
                 )
         except OSError as error:
             raise GuestError(
-                f"the QEMU of guest {self._name} cannot be started: {error.strerror}"
+                f"the {self._program} of guest {self._name} cannot be started: {error.strerror}"
                 f" ({error.filename})"
             ) from None
         return _Process(self._reactor, child.pid, child)
@@ -139,12 +151,12 @@ class Launcher:
         while not await self.running():
             if process.ended:
                 raise GuestGone(
-                    f"the QEMU of guest {self._name} ended as soon as it was started"
+                    f"the {self._program} of guest {self._name} ended as soon as it was started"
                     f" ({process.outcome}): {self._tail()}"
                 )
             if self._reactor.seconds() >= end:
                 raise GuestError(
-                    f"the QEMU of guest {self._name} did not open its QMP socket within"
+                    f"the {self._program} of guest {self._name} did not open its QMP socket within"
                     f" {self._deadline:g} s: {self._tail()}",
                     code="deadline",
                 )

@@ -34,7 +34,11 @@ def main() -> int:
             print(f"memory guest {start.name}: {error.text}", file=sys.stderr)
             codes.append(1)
         except OSError as error:
-            print(f"memory guest {start.name}: {error.strerror}", file=sys.stderr)
+            size = f"{start.options.size >> 20} MiB of RAM"
+            print(
+                f"memory guest {start.name}: there is no room for its {size}: {error.strerror}",
+                file=sys.stderr,
+            )
             codes.append(1)
         else:
             signal.signal(signal.SIGTERM, lambda *_: monitor.machine.on_end())
