@@ -10,7 +10,7 @@ from uuid import uuid4
 from twisted.internet.defer import Deferred, DeferredList
 
 from qmigd.errors import GuestError
-from qmigd.guests.quirks import CONNECTED_FIRST, SEVERAL_CHANNELS
+from qmigd.guests.quirks import SEVERAL_CHANNELS, SILENT
 from qmigd.guests.setting import capabilities
 from qmigd.qmp.client import QMPClient, QMPRefusal
 
@@ -88,8 +88,9 @@ async def _try(client: QMPClient, command: str, uri: str, wishes: Mapping[str, A
     build = str(client.greeting["version"])
     known = {name: wish for name, wish in wishes.items() if (build, name) not in _UNKNOWN}
     try:
-        seconds = max(client.deadline, CONNECTED_FIRST.get(uri.partition(":")[0], 0))
-        await client.execute_within(seconds, command, uri=uri, **known)
+        # For this command, and all that follow on this connection.
+        client.deadline = max(client.deadline, SILENT.get(uri.partition(":")[0], 0))
+        await client.execute(command, uri=uri, **known)
     except QMPRefusal as refusal:
         refused = {(build, name) for name in known if name in refusal.desc}
         if not refused:

@@ -175,7 +175,7 @@ class FailureTests(RdmaCase):
         pair.begin("", bandwidth=SLOW, **_WISHES["rdma"])
         pair.wait(pair.here, "active")
         pair.destination.process.signal(signal.SIGSTOP)
-        self.assertIn("did not answer", pair.failed(pair.here))
+        self.assertIn("nothing has moved for", pair.failed(pair.here))
         pair.source.wait_running()
         pair.destination.kill()
         pair.prove_stayed()
