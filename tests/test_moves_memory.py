@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.case import RigCase
+from tests.rig.certificates import Authority
 from tests.rig.daemons import Daemon
 from tests.rig.memory import MemoryGuest, moved_whole
 from tests.rig.news import ask_until
@@ -115,6 +116,7 @@ class PathTests(MemoryMoves):
         ):
             plan = self.move(path, mode)["plan"]
             self.assertEqual(path, plan["path"])
+            self.assertEqual(path == "direct", "zero-copy-send" in plan["features"])
             for guest in (self.source, self.destination):
                 # As they were before.
                 self.assertEqual(settings, guest.qmp("query-migrate-capabilities"))
@@ -123,6 +125,27 @@ class PathTests(MemoryMoves):
         self.move("baseline")
         places = self.destination.clock()["places"]
         self.assertEqual(8, len(places), places)
+
+
+class SecuredTests(MemoryMoves):
+    """The same in TLS, negotiated in the handshake's in-band form."""
+
+    in_band = True
+
+    def setUp(self) -> None:
+        self.authority = Authority(self.mktemp())
+
+    def daemon(self, name: str = "qmigd", **options: Any) -> Daemon:
+        return super().daemon(name, tls=self.authority.host("127.0.0.1").table(), **options)
+
+    def test_there_and_back(self) -> None:
+        """Every way to move goes through a relay, with all of its channels."""
+        self.two()
+        for mode in ("precopy", "multifd", "preempt", "multifd-postcopy"):
+            plan = self.move("relay", mode)["plan"]
+            self.assertIn("tls", plan["features"])
+            self.assertEqual("relay", plan["path"])
+            self.turn()
 
 
 class FaultTests(MemoryMoves):
