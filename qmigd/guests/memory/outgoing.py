@@ -328,6 +328,9 @@ class Outgoing:
         progress, ram = self.progress, self.machine.ram
         sender.leave()
         progress.remaining = int(np.count_nonzero(left)) * PAGE
+        if preempt is not None:
+            main.give_way()
+            preempt.hurry()
         following = Following(ram, sender, preempt, left, progress)
         self._following = following
         main.send(discards(ram, left))
