@@ -18,6 +18,8 @@ from qmigd.interfaces import RELAY, Feature, ICodec
 from qmigd.testing import Pair
 from tests.thirdparty.qmigd_example_deflate import Codec, Deflate
 
+_ROOT = Path(__file__).resolve().parent.parent
+
 
 class Garbler(Codec):
     """What it decodes is not what was encoded."""
@@ -90,17 +92,23 @@ class PairTests(TestCase):
             self.assertEqual("running", pair.here.guest.machine.state)
             self.assertEqual({}, await pair.here.guest.execute("check-ram"))
 
-    def by_its_author(self, folder: str, module: str, passed: int) -> None:
-        """Run an example's own tests, as its author would."""
+    def trial(self, folder: Path, module: str) -> str:
+        """Run an author's tests as they would; returns what is printed."""
         trial = [sys.executable, "-m", "twisted.trial", "--temp-directory"]
         done = subprocess.run(
             [*trial, os.path.abspath(self.mktemp()), module],
-            cwd=Path(__file__).parent / folder,
-            capture_output=True,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             check=False,
         )
-        self.assertIn(f"PASSED (successes={passed})", done.stdout, done.stderr)
+        return done.stdout
+
+    def by_its_author(self, folder: str, module: str, passed: int) -> None:
+        """Run an example's own tests, which pass."""
+        printed = self.trial(Path(__file__).parent / folder, module)
+        self.assertIn(f"PASSED (successes={passed})", printed)
 
     def test_of_a_third_party(self) -> None:
         """The tests that come with the example of a distribution pass."""
@@ -109,6 +117,26 @@ class PairTests(TestCase):
     def test_of_the_tutorial(self) -> None:
         """So do those of the tutorial."""
         self.by_its_author("tutorial", "test_crc", 3)
+
+    def test_tutorial_step_by_step(self) -> None:
+        """What its reader has typed after each step does what the text says."""
+        text = (_ROOT / "docs" / "half-an-hour.md").read_text()
+        feature, tests = (
+            (_ROOT / "tests" / "tutorial" / name).read_text()
+            for name in ("qmigd_example_crc.py", "test_crc.py")
+        )
+        folder = Path(self.mktemp())
+        folder.mkdir()
+        used = tests.partition("# -- it is used")[2].partition("# -- only one host")[0]
+        (folder / "test_crc.py").write_text(used)
+        begun = text.partition("```python\n")[2].partition("```")[0]
+        agreed = feature.partition("# -- the feature")[2].partition("# -- what is done")[0]
+        for step, outcome in (
+            (begun, "{'checksum': 'crc32'} != {}"),
+            (f"{agreed}\nfeature = Checksums()\n", "PASSED (successes=1)"),
+        ):
+            (folder / "qmigd_example_crc.py").write_text(step)
+            self.assertIn(outcome, self.trial(folder, "test_crc"))
 
     async def test_no_feature(self) -> None:
         """What is no feature is refused when the pair is made."""

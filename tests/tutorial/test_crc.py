@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qmigd_example_crc import Checksums, Framed, feature
+import qmigd_example_crc as crc
+from qmigd_example_crc import feature
 from twisted.internet import reactor
 from twisted.trial.unittest import TestCase
 
@@ -30,12 +31,12 @@ class ChecksumsTests(TestCase):
     # -- it does what it is for
 
     async def test_garbled(self) -> None:
-        class Garbling(Framed):
+        class Garbling(crc.Framed):
             def encode(self, data: memoryview) -> bytes:
                 return super().encode(data)[:-1] + b"?"
 
-        class Broken(Checksums):
-            def codec(self, agreement: Mapping[str, Any]) -> Callable[[], Framed]:
+        class Broken(crc.Checksums):
+            def codec(self, agreement: Mapping[str, Any]) -> Callable[[], crc.Framed]:
                 return lambda: Garbling(zlib.crc32)
 
         async with Pair(
