@@ -33,14 +33,11 @@ from ..errors import (
 from ..handshake.events import Event, Outcome, StatusSaid
 from ..interfaces import DIRECT, GuestFacts, PeerIdentity
 from ..negotiation.plan import Plan
-from ..negotiation.policy import Policy
-from ..transports.uri import Address, FdAddress, Reachable, TcpAddress, network_of
+from ..transports.uri import FdAddress, Reachable, TcpAddress, network_of
 from .move import OVER
 from .ownership import SAID, Peer, Released
 from .proposing import Cancelled
-from .services import Services
 from .source_path import SourcePath
-from .status import Record
 from .steering import Steering
 from .switching import BANDWIDTH
 
@@ -52,19 +49,9 @@ log = Logger()
 class Outgoing(Steering):
     """One guest on its way out."""
 
-    def __init__(
-        self,
-        services: Services,
-        record: Record,
-        uri: Address,
-        policy: Policy,
-        tunables: Mapping[str, Any],
-        tls_hostname: str | None = None,
-    ) -> None:
-        super().__init__(services, record, uri, policy, tunables, tls_hostname)
-        self._ready: Mapping[str, Any] | None = None
-        self._ready_by = 0.0
-        self._completed: float | None = None
+    _ready: Mapping[str, Any] | None = None
+    _ready_by = 0.0
+    _completed: float | None = None
 
     async def carry_out(self) -> None:
         await self._move(await self.negotiate())
