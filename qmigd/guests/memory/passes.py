@@ -29,6 +29,8 @@ __all__ = ["Passes"]
 #: Seconds of the downtime that are not for pages: stopping, one more look for dirty pages,
 #: the devices, and the destination's own part.
 _OVERHEAD = 0.02
+#: Bytes that are enough to measure a bandwidth by.
+_MUCH = 4 << 20
 
 
 class Passes:
@@ -95,6 +97,10 @@ class Passes:
             return float(told)
         limit = int(self._machine.settings["max-bandwidth"])
         rate = self._rate.value or sent / seconds
+        if sent >= _MUCH:
+            # What the kernel takes is one thing; to find the pages and to see them arrive is part
+            # of it in the downtime as well.
+            rate = min(rate, sent / seconds)
         return min(rate, limit) if limit else rate
 
     def _pass(self, left: NDArray[np.bool_], present: NDArray[np.bool_] | None) -> None:
