@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
+from qmigd.guests.memory.verbs import load
 from tests.kernel.test_rdma import RdmaCase
 from tests.rig import rdma
 from tests.rig.daemons import Daemon
@@ -27,6 +29,13 @@ def _pinned(guest: MemoryGuest) -> int:
 
 
 class MemoryTests(RdmaCase):
+    def setUp(self) -> None:
+        super().setUp()
+        try:
+            load()
+        except ImportError as error:
+            raise SkipTest(f"a memory guest has no RDMA here: {error}") from None
+
     def start(self, name: str, *argv: str) -> MemoryGuest:
         guest = MemoryGuest(name, (*_GUEST, *argv), preloaded=True)
         self.addCleanup(guest.close)
