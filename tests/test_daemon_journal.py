@@ -52,6 +52,14 @@ class JournalTests(SynchronousTestCase):
         self.journal.forget("1", "source")
         self.assertEqual(os.listdir("/proc/self/fd"), before)
 
+    def test_closed(self) -> None:
+        """Once the daemon is being stopped, what seems to end is left to the next one."""
+        self.journal.write("1", "source", _entry("released"))
+        self.journal.close()
+        self.journal.write("1", "source", _entry("started"))
+        self.journal.forget("1", "source")
+        self.assertEqual(self.stages(), {("1", "source"): "released"})
+
     def test_forget_what_an_earlier_daemon_wrote(self) -> None:
         """An entry need not be this daemon's own."""
         self.journal.write("1", "source", _entry("started"))

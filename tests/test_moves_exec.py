@@ -277,6 +277,7 @@ class FailureTests(ExecCase):
             ask_until(lambda: not processes_with(word), "the programs to end")
             pair.source.wait_running()
             pair.source.check_ram()
+            pair.wait_settings(pair.source)
 
     def test_handed_over(self) -> None:
         """A program whose connection is QEMU's goes on without the daemon, as QEMU does."""

@@ -33,6 +33,7 @@ class FileJournal:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._open: dict[Path, int] = {}
+        self._closed = False
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def write(self, migration: str, role: str, entry: Mapping[str, Any]) -> None:
@@ -40,6 +41,8 @@ class FileJournal:
 
         :raises MigrationError: it cannot be written, and what was known before still is.
         """
+        if self._closed:
+            return
         path = self._path(migration, role)
         # The line's end comes first as well: there may be the half of one that found no room.
         line = f"\n{json.dumps({'migration': migration, 'role': role, **entry})}\n".encode()
@@ -57,13 +60,16 @@ class FileJournal:
 
     def forget(self, migration: str, role: str) -> None:
         """The migration has ended."""
+        if self._closed:
+            return
         path = self._path(migration, role)
         if path in self._open:
             os.close(self._open.pop(path))
         path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Write nothing more; what was not forgotten stays."""
+        """Write and forget nothing more: what is there is for the daemon that comes next."""
+        self._closed = True
         while self._open:
             os.close(self._open.popitem()[1])
 

@@ -292,8 +292,8 @@ class QmigdService(Service):
         closing = [Deferred.fromCoroutine(self._commands.stop())]
         closing += [Deferred.fromCoroutine(self._monitor.stop()), self._movers.stop()]
         closing += [_deferred(port.stopListening()) for port in self._ports]
-        self._journal.close()
-        return DeferredList(closing)
+        # Behind that the reactor closes all connections, and migrations end that have not ended.
+        return DeferredList(closing).addCallback(lambda _: self._journal.close())
 
 
 def _policy(config: Config) -> Policy:
