@@ -18,6 +18,7 @@ saturate.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -79,7 +80,8 @@ class _Moved(NamedTuple):
 
 def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
     """Measure; ``tell`` hears of each round."""
-    noise = os.path.join(temporary_directory(), "noise")
+    directory = temporary_directory()
+    noise = os.path.join(directory, "noise")
     with open(noise, "wb") as file:
         for _ in range(_RAM):
             file.write(os.urandom(1 << 20))
@@ -102,7 +104,7 @@ def measure(rounds: int, tell: Callable[[str], None]) -> list[Row]:
             for preempt, waits in latencies.items():
                 waits.append(_faults(preempt))
     finally:
-        os.unlink(noise)
+        shutil.rmtree(directory)
     rows = [
         compare(
             PART,
