@@ -81,7 +81,9 @@ class LeftoversTests(TestCase):
         stubborn = self.left("trap '' TERM; sleep 98768 & sleep 98768; :")
         self.again()
         await self.all_ended()
-        self.assertEqual((plain.wait(), stubborn.wait()), (-15, -9))
+        self.assertEqual(plain.wait(), -15)
+        # Or 0, where what it waits for is killed an instant before itself.
+        self.assertIn(stubborn.wait(), (-9, 0))
         stubborn.stdout.read()  # which ends with the last that could write
 
     async def test_group_without_leader(self) -> None:
