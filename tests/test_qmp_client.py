@@ -20,12 +20,15 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface import implementer
 
 from qmigd.errors import ArgumentError, DeadlineError, GuestBusy, GuestError, GuestGone
-from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPRefusal
+from qmigd.qmp.client import COMMAND_DEADLINE, QMPClient, QMPDeadline, QMPRefusal
 from qmigd.qmp.codec import Decoder
 from qmigd.qmp.connecting import QUEUE_POLL, connect
 from qmigd.waiting import together
 
-GREETING: dict[str, Any] = {
+#: How a qmigd greets.
+GREETING: dict[str, Any] = {"QMP": {"version": {"qemu": {"major": 9}}, "capabilities": []}}
+#: How a QEMU greets.
+QEMU_GREETING: dict[str, Any] = {
     "QMP": {"version": {"qemu": {"major": 9}}, "capabilities": ["oob", "other"]}
 }
 
@@ -64,19 +67,37 @@ class ClientTests(SynchronousTestCase):
     def test_handshake(self) -> None:
         """After the greeting the client enables out-of-band commands, and nothing else."""
         self.assertEqual(self.heard(), [])
-        self.say(GREETING)
+        self.say(QEMU_GREETING)
         (sent,) = self.heard()
-        self.assertEqual(sent["execute"], "qmp_capabilities")
-        self.assertEqual(sent["arguments"], {"enable": ["oob"]})
+        self.assertEqual(sent, {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}})
         self.successResultOf(self.ready)
-        self.say({"return": {}, "id": sent["id"]})
-        self.assertEqual(self.client.greeting, GREETING["QMP"])
+        self.say({"return": {}})
+        self.assertEqual(self.client.greeting, QEMU_GREETING["QMP"])
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_handshake_without_oob(self) -> None:
         """What is not offered is not enabled."""
         self.say({"QMP": {"version": {}, "capabilities": []}})
         self.assertNotIn("arguments", self.heard()[0])
+
+    def test_answers_in_order(self) -> None:
+        """A QEMU is told no id but out of band; an answer that came too late is nobody's."""
+        self.say(QEMU_GREETING)
+        first = self.client.execute_within(1.0, "first")
+        second, aside = self.client.execute("second"), self.client.execute_oob("aside")
+        third = self.client.execute("third")
+        *others, out_of_band, last = self.heard()
+        self.assertEqual([list(sent) for sent in (*others[1:], last)], [["execute"]] * 3)
+        self.say({"return": {}}, {"return": "aside", "id": out_of_band["id"]})
+        self.assertEqual(self.successResultOf(aside), "aside")
+        self.clock.advance(1.0)
+        self.failureResultOf(first, QMPDeadline)
+        self.say({"return": "first"}, {"error": {"class": "GenericError", "desc": "no"}})
+        self.assertEqual(self.failureResultOf(second, QMPRefusal).value.command, "second")
+        self.assertNoResult(third)
+        self.say({"return": "third"})
+        self.assertEqual(self.successResultOf(third), "third")
+        self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_handshake_refused(self) -> None:
         """Commands that went along fail with the reason for which there is no command mode."""
