@@ -77,6 +77,7 @@ class Lasting:
     :ivar files: the file that a block of RAM is in, or the directory of that file, by the
         block's name.
     :ivar thread: the thread of its first CPU, as its QEMU's PID namespace numbers it.
+    :ivar built_in: the functions on its first PCI bus that came with the machine.
     """
 
     owns: Mapping[str, Sequence[_Json] | None]
@@ -84,6 +85,7 @@ class Lasting:
     ram: tuple[RamBlock, ...]
     files: Mapping[str, str]
     thread: int | None
+    built_in: Sequence[_Json]
 
 
 @dataclass(frozen=True)
@@ -118,25 +120,25 @@ async def describe(client: QMPClient, known: Lasting | None = None) -> Descripti
             _ask(client, "query-migrate-capabilities"),
             _ask(client, "query-migrate"),
             _ask(client, "query-block"),
-            _ask(client, "query-pci"),
             *(_ask(client, "qom-list", path=path) for path in _OWNED),
             *(_ask_for_lasting(client) if known is None else ()),
         ]
     )
-    switches, progress, drives, pci = answers[:4]
-    owns = dict(zip(_OWNED, answers[4:], strict=False))
+    switches, progress, drives = answers[:3]
+    owns = dict(zip(_OWNED, answers[3:], strict=False))
+    named, anonymous = owns[_PERIPHERAL], owns[_ANONYMOUS]
+    devices = await _devices(client, named or (), anonymous or ())
     lasting = known
     if lasting is None or lasting.owns != owns:
-        fresh = answers[4 + len(_OWNED) :] or await together(_ask_for_lasting(client))
-        lasting = await _lasting(client, owns, fresh)
+        fresh = answers[3 + len(_OWNED) :] or await together(_ask_for_lasting(client))
+        lasting = await _lasting(client, owns, devices, fresh)
     capabilities = {entry["capability"]: entry["state"] for entry in switches or ()}
     version = client.greeting["version"]["qemu"]
     found: _Json = {"qemu": "{major}.{minor}.{micro}".format_map(version), **lasting.body}
     if capabilities:
         found["capabilities"] = sorted(name for name, on in capabilities.items() if on)
-    named, anonymous = owns[_PERIPHERAL], owns[_ANONYMOUS]
     if named is not None:
-        found["devices"] = await _devices(client, named, anonymous or (), pci or ())
+        found["devices"] = _sorted([*devices, *lasting.built_in])
     if drives is not None:
         found["drives"] = [_drive(number, drive) for number, drive in enumerate(drives)]
     progress = progress or {}
@@ -155,14 +157,21 @@ def _ask_for_lasting(client: QMPClient) -> list[Deferred[Any]]:
         _ask(client, "query-memdev"),
         _ask(client, "query-cpus-fast"),
         _get(client, _FIRST_CPU, "type"),
+        _ask(client, "query-pci"),
     ]
 
 
 async def _lasting(
-    client: QMPClient, owns: Mapping[str, Sequence[_Json] | None], answers: Sequence[Any]
+    client: QMPClient,
+    owns: Mapping[str, Sequence[_Json] | None],
+    devices: Sequence[_Json],
+    answers: Sequence[Any],
 ) -> Lasting:
-    """Put together what :func:`_ask_for_lasting` has asked for."""
-    kind, uuid, memory, blocks, backends, cpus, cpu = answers
+    """Put together what :func:`_ask_for_lasting` has asked for.
+
+    :param devices: those that were put in by hand.
+    """
+    kind, uuid, memory, blocks, backends, cpus, cpu, pci = answers
     ram = parse_ram_blocks(blocks or "", backends or ())
     files = Deferred.fromCoroutine(_files(client, owns[_OBJECTS] or ()))
     found: _Json = {}
@@ -182,7 +191,8 @@ async def _lasting(
         for block in ram
         if (file := in_files.get(block.name.removeprefix(f"{_OBJECTS}/"))) is not None
     }
-    return Lasting(owns, found, ram, files_of, cpus[0].get("thread-id") if cpus else None)
+    thread = cpus[0].get("thread-id") if cpus else None
+    return Lasting(owns, found, ram, files_of, thread, _built_in(pci or (), devices))
 
 
 async def _files(client: QMPClient, objects: Sequence[_Json]) -> dict[str, str]:
@@ -224,12 +234,9 @@ async def _cpus(client: QMPClient, cpus: Sequence[_Json], model: str | None) -> 
 
 
 async def _devices(
-    client: QMPClient,
-    named: Sequence[_Json],
-    anonymous: Sequence[_Json],
-    pci: Sequence[_Json],
+    client: QMPClient, named: Sequence[_Json], anonymous: Sequence[_Json]
 ) -> list[_Json]:
-    """Return what was put in by hand, then what else is on the first PCI bus."""
+    """Return what was put in by hand; on a bus behind a bridge, that is in the address."""
     places = [
         (folder, child)
         for folder, children in ((_PERIPHERAL, named), (_ANONYMOUS, anonymous))
@@ -242,7 +249,6 @@ async def _devices(
         asked += [_get(client, path, "addr"), _get(client, path, "parent_bus")]
     answers = await together(asked)
     devices = []
-    on_first_bus = set()
     for (folder, child), slot, bus in zip(places, answers[::2], answers[1::2], strict=True):
         device: _Json = {"type": child["type"].removeprefix("child<").removesuffix(">")}
         if folder == _PERIPHERAL:
@@ -251,21 +257,26 @@ async def _devices(
             address = _address(slot >> 3, slot & 7)
             if bus.startswith(_PERIPHERAL):
                 address = f"{bus.rpartition('/')[2]}/{address}"
-            else:
-                on_first_bus.add(address)
             device["address"] = address
         devices.append(device)
-    for function in pci[0]["devices"] if pci else ():
-        address = _address(function["slot"], function["function"])
-        if address not in on_first_bus:
-            ids = function["id"]
-            devices.append(
-                {
-                    "type": f"{ids['vendor']:04x}:{ids['device']:04x}",
-                    "address": address,
-                    "built-in": True,
-                }
-            )
+    return devices
+
+
+def _built_in(pci: Sequence[_Json], devices: Sequence[_Json]) -> list[_Json]:
+    """Return what else is on the first PCI bus, as ``query-pci`` says."""
+    by_hand = {device.get("address") for device in devices}
+    return [
+        {
+            "type": f"{function['id']['vendor']:04x}:{function['id']['device']:04x}",
+            "address": address,
+            "built-in": True,
+        }
+        for function in (pci[0]["devices"] if pci else ())
+        if (address := _address(function["slot"], function["function"])) not in by_hand
+    ]
+
+
+def _sorted(devices: list[_Json]) -> list[_Json]:
     return sorted(
         devices,
         key=lambda device: (device["type"], device.get("id", ""), device.get("address", "")),
