@@ -98,6 +98,7 @@ class FaultCase(PairCase):
         pair = self.ready(source, destination, link=link)
         pair.begin(path, bandwidth=SLOW)
         pair.wait(pair.here, "active")
+        pair.wait(pair.there, "active")
         pair.there.process.signal(signal.SIGSTOP)
         pair.set(max_bandwidth=1 << 30)
         pair.source.wait_migration("completed")
@@ -568,6 +569,7 @@ class LastMomentTests(FaultCase):
         pair = self.ready("11", "11")
         pair.begin("relay", bandwidth=SLOW)
         pair.wait(pair.here, "active")
+        pair.wait(pair.there, "active")
         # It cannot load what it was sent, so it cannot have run.
         pair.destination.process.signal(signal.SIGSTOP)
         seen = len(pair.source.monitor.events)
