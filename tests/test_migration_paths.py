@@ -15,8 +15,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
 
+from qmigd.errors import PeerGone
 from qmigd.guests.qemu import QemuGuest
-from qmigd.interfaces import RELAY
+from qmigd.interfaces import HANDOVER, RELAY
 from qmigd.migration.services import Deadlines, Services
 from qmigd.migration.source_path import SourcePath
 from qmigd.negotiation.plan import MAIN, Plan
@@ -37,9 +38,9 @@ class UnawaitedTests(TestCase):
             self.peer = TcpAddress("127.0.0.1", gone.getsockname()[1])
         self.failed: Deferred[None] = Deferred()
 
-    async def path(self, *unawaited: str) -> tuple[SourcePath, socket.socket, str]:
-        """Return a path whose main channel QEMU has connected, with no way to the peer."""
-        plan = Plan(RELAY, channels=(MAIN, _PREEMPT))
+    def unopened(self, *unawaited: str, way: str = RELAY) -> SourcePath:
+        """Return a path with no way to the peer."""
+        plan = Plan(way, channels=(MAIN, _PREEMPT) if way == RELAY else (MAIN,))
         services = SimpleNamespace(
             reactor=reactor, run_dir=self.run_dir, features={}, deadlines=Deadlines()
         )
@@ -55,6 +56,11 @@ class UnawaitedTests(TestCase):
             unawaited=frozenset(unawaited),
         )
         self.addCleanup(path.close)
+        return path
+
+    async def path(self, *unawaited: str) -> tuple[SourcePath, socket.socket, str]:
+        """Return one whose main channel QEMU has connected."""
+        path = self.unopened(*unawaited)
         uri = str(await path.open(None, {})).removeprefix("unix:")
         main = self.connect(uri)
         path.set_off(QemuGuest(reactor, "vm", "unix:/nonexistent/qmp"))
@@ -99,3 +105,14 @@ class UnawaitedTests(TestCase):
         path, main, _ = await self.path()
         self.assertEqual(await deferToThread(main.recv, 1), b"")
         await path.steady()
+
+    async def test_known_beforehand(self) -> None:
+        """A channel that could not be opened ahead of time fails the path before QEMU begins."""
+        for way in (HANDOVER, RELAY):
+            self.failed = Deferred()
+            path = self.unopened("preempt", way=way)
+            path.prepare()
+            await self.failed
+            with self.assertRaises(PeerGone):
+                await path.open(None, {})
+            self.assertEqual(list(self.run_dir.iterdir()), [])

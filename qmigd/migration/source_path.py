@@ -85,7 +85,10 @@ class SourcePath(Path):
 
         :param at: the peer's address, as this side reached it.
         :param ready: the destination's STATUS that said so.
+        :raises QmigdError: a channel cannot be had; QEMU has not been told of anything yet.
         """
+        if self.failure is not None:
+            raise self.failure
         if self._plan.path == DIRECT:
             port = ready.get("port")
             if not isinstance(port, int) or not 0 < port <= 0xFFFF or at is None:
