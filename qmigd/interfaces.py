@@ -51,7 +51,7 @@ __all__ = [
     "PATHS",
     "PLACES",
     "POLICY",
-    "QEMU",
+    "PROCESS",
     "RELAY",
     "STREAM",
     "TCP",
@@ -90,15 +90,15 @@ TCP = "tcp"
 TRANSPORTS = (TCP, "unix", "vsock", "exec", "fd")
 
 #: Where an obstacle is, as users are told.  The first four are on one side: the machine
-#: and what is plugged in, its kernel, the guest's QEMU with its process, the guest itself.
+#: and what is plugged in, its kernel, the guest's process with what it knows, the guest itself.
 HOST = "host"
 KERNEL = "kernel"
-QEMU = "QEMU"
+PROCESS = "process"
 GUEST = "guest"
 POLICY = "policy"
 CONFLICT = "conflict"
 PATH = "path"
-PLACES = (HOST, KERNEL, QEMU, GUEST, POLICY, CONFLICT, PATH)
+PLACES = (HOST, KERNEL, PROCESS, GUEST, POLICY, CONFLICT, PATH)
 
 #: The ways in which a relay can move bytes from socket to socket (docs/paths).
 COPY = "copy"

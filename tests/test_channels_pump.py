@@ -316,7 +316,7 @@ class PumpTests(PumpCase):
         # With something unread: the pump reads a reset, and not an end.
         qemu.close()
         self.assertEqual(await deferToThread(peer.recv, 1), b"")
-        self.assertIn("the guest's QEMU closed its end", await self.ended)
+        self.assertIn("the guest's process closed its end", await self.ended)
         self.assertEqual(self.lost, [])
 
     async def test_guest_gone_while_written_to(self) -> None:
@@ -324,7 +324,7 @@ class PumpTests(PumpCase):
         _, qemu, peer = self.make()
         await deferToThread(self.fill, peer, 64 * MIB)
         qemu.close()
-        self.assertIn("the guest's QEMU closed its end", await self.ended)
+        self.assertIn("the guest's process closed its end", await self.ended)
         self.assertEqual(self.lost, [])
 
     async def test_hold(self) -> None:

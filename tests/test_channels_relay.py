@@ -363,7 +363,7 @@ class DestinationTests(RelayCase):
         self.assertEqual(await deferToThread(far.recv, 1), b"")
         [event] = self.events
         self.assertIsInstance(event, ChannelEnded)
-        self.assertIn("QEMU does not take channel main 0", event.reason)
+        self.assertIn("guest's process does not take channel main 0", event.reason)
 
     async def test_after_the_end(self) -> None:
         """A channel that comes after the end is closed."""

@@ -100,12 +100,12 @@ class ListTests(QmigctlTestCase):
             (0, "web1 is registered; it is running.\n", ""),
             await self.run_("guest-add", "web1", "unix:/q"),
         )
-        gone = {**GUEST, "state": "unreachable", "reason": "cannot reach a QEMU on unix:/q: gone"}
+        gone = {**GUEST, "state": "unreachable", "reason": "cannot reach a guest on unix:/q: gone"}
         self.operations.answers["guest-add"] = gone
         self.assertEqual(
             (
                 0,
-                "web1 is registered, but unreachable: cannot reach a QEMU on unix:/q: gone\n",
+                "web1 is registered, but unreachable: cannot reach a guest on unix:/q: gone\n",
                 "",
             ),
             await self.run_("guest-add", "web1", "unix:/q"),

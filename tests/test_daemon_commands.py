@@ -336,7 +336,7 @@ class QueryTests(PairCase):
         alone = self.by_name(pair.here.execute("query-features", guest=NAME))
         self.assertFalse(alone["multifd"]["offered"])
         self.assertIn("xbzrle", alone["multifd"]["reason"])
-        self.assertEqual(alone["multifd"]["where"], "QEMU")
+        self.assertEqual(alone["multifd"]["where"], "process")
         self.assertTrue(alone["postcopy-ram"]["offered"])
         pair.source.set_capabilities("xbzrle", on=False)
         both = pair.here.execute("query-features", guest=NAME, uri=pair.there.uri)
@@ -461,7 +461,7 @@ class QueryTests(PairCase):
             self.assertIn("is the management socket of a qmigd", error.text)
         # And the other way round.
         for path, words in (
-            (guest.qmp_path, f"is the QMP socket of a guest, of QEMU {guest.qemu.version}, and"),
+            (guest.qmp_path, "is the QMP socket of a guest, and"),
             (people, "does not greet as qmigd does"),
         ):
             script = "from qmigd.cli.main import main; main()"

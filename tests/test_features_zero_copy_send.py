@@ -203,7 +203,7 @@ class ChoiceTests(PairCase):
         plan = pair.completed()["plan"]
         self.assertEqual(plan["features"], ["multifd"])
         (left,) = [one for one in plan["left-out"] if one["name"] == "zero-copy-send"]
-        self.assertEqual((left["side"], left["where"]), ("source", "QEMU"))
+        self.assertEqual((left["side"], left["where"]), ("source", "process"))
         mib = -(-_NEEDED * 10 // (1 << 20)) / 10
         self.assertRegex(left["reason"], rf"limit is 3\.\d MiB, and 1 channels may need {mib} MiB")
         self.assertIn("ulimit -l", left["reason"])

@@ -71,7 +71,8 @@ class RefusedTests(RigCase):
         self.assertEqual(["multifd", "zero-copy-send"], entry["plan"]["features"])
         reasons = {one["name"]: one["reason"] for one in entry["plan"]["left-out"]}
         self.assertEqual(
-            "destination QEMU: QEMU refused migrate-set-capabilities: Postcopy is not supported",
+            "destination process: the guest's process refused migrate-set-capabilities: "
+            "Postcopy is not supported",
             reasons["postcopy-ram"],
         )
         self.assertEqual(

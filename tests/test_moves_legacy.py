@@ -148,7 +148,7 @@ class FromQemuTests(PairCase):
         destination.qmp("migrate-set-parameters", tls_creds="creds")
         source.set_capabilities("events", "return-path")
         self.type_migrate(source, uri, "failed")
-        self.logged(daemon, "was refused: the QEMU of guest vm has tls-creds set")
+        self.logged(daemon, "was refused: the process of guest vm has tls-creds set")
         destination.qmp("migrate-set-parameters", tls_creds="")
         source.wait_running()
         self.type_migrate(source, uri)

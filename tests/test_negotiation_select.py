@@ -459,7 +459,7 @@ class ObstacleTests(SynchronousTestCase):
         shown = {
             (side, place): str(Obstacle("no", place, side)) for side in sides for place in PLACES
         }
-        for place in ("host", "kernel", "QEMU", "guest"):
+        for place in ("host", "kernel", "process", "guest"):
             self.assertEqual(shown["source", place], f"source {place}: no")
         self.assertEqual(shown["source", "policy"], "policy of the source: no")
         for place in ("conflict", "path"):
@@ -480,7 +480,7 @@ class ObstacleTests(SynchronousTestCase):
         for where in strange:
             body = {"why": "no", "where": where}
             self.assertEqual(
-                Obstacle.from_wire(body, "why", "source"), Obstacle("no", "QEMU", "source")
+                Obstacle.from_wire(body, "why", "source"), Obstacle("no", "process", "source")
             )
         self.assertRaises(ProtocolError, Obstacle.from_wire, {"why": 1}, "why", "source")
 

@@ -159,7 +159,7 @@ class ClientTests(SynchronousTestCase):
         error = {"class": "CommandNotFound", "desc": "No such thing"}
         self.say({"error": error, "id": self.heard()[0]["id"]})
         refusal = self.failureResultOf(done, QMPRefusal).value
-        self.assertEqual(str(refusal), "QEMU refused stop: No such thing")
+        self.assertEqual(str(refusal), "the guest's process refused stop: No such thing")
         self.assertEqual((refusal.kind, refusal.desc), ("CommandNotFound", "No such thing"))
         self.assertIsInstance(refusal, GuestError)
 

@@ -377,7 +377,7 @@ class RefusalTests(FileCase):
         at = next(at for at in range(len(data) - 4096, 0, -4096) if any(data[at : at + 4096]))
         byte = bytes([data[at + 100] ^ 1])
         Path(self.path).write_bytes(data[: at + 100] + byte + data[at + 101 :])
-        self.failed(pair, "restore", "checksum of what QEMU saved is wrong")
+        self.failed(pair, "restore", "checksum of what was saved is wrong")
         self.assertEqual(pair.destination.status(), "inmigrate")
         self.path = good
         self.refused(pair, "restore", "no guest 'vn'", guest="vn")

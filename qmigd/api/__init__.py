@@ -30,7 +30,7 @@ from .declare import (
 )
 from .events import EVENTS
 from .schema import schema, structs
-from .where import SOCKET_VARIABLE, default_socket, greets_as, package
+from .where import SOCKET_VARIABLE, default_socket, is_qmigd, package
 
 __all__ = [
     "ANY",
@@ -53,7 +53,7 @@ __all__ = [
     "check_arguments",
     "command",
     "default_socket",
-    "greets_as",
+    "is_qmigd",
     "mismatch",
     "nearest",
     "package",

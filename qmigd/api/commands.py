@@ -28,13 +28,13 @@ __all__ = ["COMMANDS", "command"]
 _NAMED = Member("guest", STR, "the guest's name, as in `query-guests`.")
 _NO_GUEST = ("guest-not-found", "There is no guest of that name.")
 _BUSY = ("guest-busy", "The guest is being migrated, or another client has its QMP socket.")
-_GONE = ("guest-gone", "The guest's QEMU cannot be reached.")
+_GONE = ("guest-gone", "The guest's process cannot be reached.")
 _NO_PEER = ("peer-gone", "The peer cannot be reached.")
-_SLOW = ("deadline", "The peer or the guest's QEMU did not answer in time.")
+_SLOW = ("deadline", "The peer or the guest's process did not answer in time.")
 _NO_MIGRATION = ("migration", "The guest is not being migrated from here.")
 _TUNABLES = (
     "values by QEMU's own names, as in `query-tunables`. A string is turned into whatever type "
-    'QEMU declares for that name, so `"4"` does where `4` would.'
+    'is declared for that name, so `"4"` does where `4` would.'
 )
 
 _TLS_HOSTNAME = Member(
@@ -89,18 +89,18 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             ),
             Command(
                 "guest-add",
-                "Register a running QEMU under a name, so that it can be migrated.\n\n"
+                "Register a running guest under a name, so that it can be migrated.\n\n"
                 "It is forgotten when the daemon ends. A guest that the daemon is to know "
-                "always, or a QEMU that the daemon is to start itself, belongs in the "
+                "always, or that it is to start itself, belongs in the "
                 "configuration file. To receive a guest, start a QEMU with `-incoming defer` "
                 "and register it here. The daemon takes a first look at it, so that a migration "
-                "begins sooner; that its QEMU cannot be reached yet is no error, but shown.",
+                "begins sooner; that it cannot be reached yet is no error, but shown.",
                 (
                     Member("name", STR, "what the commands are to call the guest."),
                     Member(
                         "qmp",
                         STR,
-                        "the QMP socket of its QEMU, `unix:/path`, given to QEMU as "
+                        "its QMP socket, `unix:/path`; it was started with "
                         "`-qmp unix:/path,server=on,wait=off`.",
                     ),
                 ),
@@ -109,7 +109,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             ),
             Command(
                 "guest-remove",
-                "Forget a guest that was registered with `guest-add`.\n\nIts QEMU is left alone.",
+                "Forget a guest that was registered with `guest-add`.\n\n"
+                "Its process is left alone.",
                 (Member("name", STR, "the guest's name."),),
                 errors=(
                     _NO_GUEST,
@@ -143,7 +144,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             Command(
                 "query-tunables",
                 "Return the migration parameters that can be set for a guest.\n\n"
-                "They are read out of the guest's own QEMU. None has to be set. What is "
+                "They are what the guest itself declares. None has to be set. What is "
                 "negotiated (features, TLS, ports) is not among them.",
                 (_NAMED,),
                 ListOf(TUNABLE),
@@ -152,8 +153,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             Command(
                 "migrate",
                 "Move a guest to the host where another qmigd listens.\n\n"
-                "Features need not be chosen: the two daemons use what both hosts, both QEMUs "
-                "and the guest can do.\n\n"
+                "Features need not be chosen: the two daemons use what both hosts, and the "
+                "guest on each of them, can do.\n\n"
                 "With `fd:` as `uri` qmigd makes no connection by itself: it asks for each with "
                 "the event `CHANNEL_REQUEST`, and `add-channel` hands it over.\n\n"
                 "Once accepted, the migration runs on its own: `query-migrate` and the "
@@ -224,8 +225,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     Member(
                         "format",
                         FORMAT,
-                        "what the file is to have. Without it `mapped-ram` where the guest's QEMU "
-                        "has it, 9.1 or newer, else `stream`.",
+                        "what the file is to have. Without it `mapped-ram` where the guest "
+                        "has it (QEMU 9.1 or newer), else `stream`.",
                         optional=True,
                     ),
                     Member(
@@ -239,7 +240,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                         "after",
                         AFTER,
                         "what becomes of the guest: `keep` it stopped, let it `continue`, or "
-                        "`quit` its QEMU. Without it what `source-after` in the configuration "
+                        "`quit` its process. Without it what `source-after` in the configuration "
                         "says.",
                         optional=True,
                     ),
@@ -247,7 +248,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     Member(
                         "checksum",
                         BOOL,
-                        "give what QEMU saves a checksum, which a restore verifies; it is on, "
+                        "give what is saved a checksum, which a restore verifies; it is on, "
                         "and costs one reading of the file.",
                         optional=True,
                     ),
@@ -259,18 +260,18 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     _BUSY,
                     _GONE,
                     ("argument", "A value is wrong, or a tunable does not go with the format."),
-                    ("feature", "The guest's QEMU does not have the format."),
+                    ("feature", "The guest does not have the format."),
                     ("file", "The file cannot be made; the text says why."),
-                    ("guest", "There is nothing that could be saved, or QEMU does not allow it."),
+                    ("guest", "There is nothing that could be saved, or it may not be."),
                 ),
             ),
             Command(
                 "restore",
                 "Restore a guest from a file on this host.\n\n"
-                "It goes into a QEMU that waits with `-incoming defer`, or that the daemon starts "
-                "itself. That this guest is the one that was saved is seen before any RAM is read. "
-                "It runs afterwards if it ran when it was saved, and is paused if it was. The file "
-                "stays.\n\n"
+                "It goes into a process that waits with `-incoming defer`, or that the daemon "
+                "starts itself. That this guest is the one that was saved is seen before any RAM "
+                "is read. It runs afterwards if it ran when it was saved, and is paused if it was. "
+                "The file stays.\n\n"
                 "Once accepted, it runs on its own: `query-migrate` and the `MIGRATION` event show "
                 "how it goes on, and `migrate-cancel` ends it.",
                 (
@@ -279,7 +280,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     Member(
                         "verify",
                         BOOL,
-                        "compare what QEMU saved with its checksum first; it is on, and costs one "
+                        "compare what was saved with its checksum first; it is on, and costs one "
                         "reading of the file.",
                         optional=True,
                     ),
@@ -316,7 +317,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                     _NO_GUEST,
                     _NO_MIGRATION,
                     ("feature", "This migration was negotiated without postcopy."),
-                    ("guest", "QEMU refused."),
+                    ("guest", "The guest's process refused."),
                 ),
             ),
             Command(
@@ -326,7 +327,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 "returns once the request was taken; the "
                 "end is seen in `query-migrate` and in the `MIGRATION` event. After postcopy "
                 "has begun it is too late; but one in which nothing moves any more is given up, "
-                "and left to the two QEMUs.",
+                "and left to the two processes.",
                 (_NAMED,),
                 errors=(
                     _NO_GUEST,
@@ -342,8 +343,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
                 errors=(
                     _NO_GUEST,
                     _NO_MIGRATION,
-                    ("argument", "A name is a feature, or is unknown to the guest's QEMU."),
-                    ("guest", "QEMU refused a value; the text has its words."),
+                    ("argument", "A name is a feature, or is unknown to the guest."),
+                    ("guest", "The guest's process refused a value; the text has its words."),
                 ),
             ),
             *DESCRIPTOR_COMMANDS,

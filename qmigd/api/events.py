@@ -27,7 +27,7 @@ EVENTS: Mapping[str, Event] = MappingProxyType(
             ),
             Event(
                 "MIGRATION_PASS",
-                "The source's QEMU begins another pass over the guest's RAM.",
+                "The source begins another pass over the guest's RAM.",
                 (
                     Member("id", STR, "The migration."),
                     Member("guest", STR, "The guest, by its name on this side."),
@@ -46,7 +46,7 @@ EVENTS: Mapping[str, Event] = MappingProxyType(
                     Member("id", STR, "The migration."),
                     Member("guest", STR, "The guest, by its name on this side."),
                     Member("role", ROLE, "Which side this daemon is."),
-                    Member("channels", ListOf(CHANNEL), "In the order in which QEMU opens them."),
+                    Member("channels", ListOf(CHANNEL), "In the order in which they are opened."),
                     Member("settled", BOOL, "Whether it has been negotiated."),
                 ),
             ),

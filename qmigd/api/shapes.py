@@ -162,7 +162,7 @@ FEATURES = Struct(
         Member(
             "blocked-reasons",
             ListOf(STR),
-            "Why the guest cannot be moved at all, in its QEMU's words.",
+            "Why the guest cannot be moved at all, in its process's words.",
             optional=True,
         ),
         Member("features", ListOf(FEATURE), "Every feature that this daemon has."),
@@ -178,14 +178,14 @@ FEATURES = Struct(
 
 TUNABLE = Struct(
     "TunableInfo",
-    "A migration parameter that a user may set, as the guest's QEMU describes it.",
+    "A migration parameter that a user may set, as the guest describes it.",
     (
         Member("name", STR, "QEMU's name for it."),
         Member("type", STR, "`int`, `bool`, `str`, or the name of an enum."),
         Member("values", ListOf(STR), "The values of an enum.", optional=True),
-        Member("value", ANY, "The present value; `null` where QEMU has none."),
-        Member("deprecated", BOOL, "QEMU says that it will go away."),
-        Member("unstable", BOOL, "QEMU says that it may change."),
+        Member("value", ANY, "The present value; `null` where there is none."),
+        Member("deprecated", BOOL, "It is declared as going away."),
+        Member("unstable", BOOL, "It is declared as one that may change."),
     ),
 )
 
@@ -212,7 +212,7 @@ PLAN = Struct(
     "PlanInfo",
     "What both daemons settled on.",
     (
-        Member("path", PATH, "How the bytes get from QEMU to QEMU."),
+        Member("path", PATH, "How the bytes get from the source's process to the destination's."),
         Member("path-reason", STR, "Why that path."),
         Member("features", ListOf(STR), "The features that are used."),
         Member("agreements", DICT, "Each feature's parameters, by the feature's name."),
@@ -223,7 +223,7 @@ PLAN = Struct(
 
 RAM = Struct(
     "RamInfo",
-    "QEMU's own figures on RAM, by QEMU's names. There may be more than these.",
+    "The guest's own figures on RAM, by QEMU's names. There may be more than these.",
     (
         Member("total", INT, "The guest's RAM.", optional=True),
         Member("transferred", INT, "Sent so far.", optional=True),
@@ -251,7 +251,7 @@ FILE = Struct(
             "`mapped-ram`: each page of RAM has its place in it. `stream`: what a migration would "
             "send. `zstd`: the same, compressed.",
         ),
-        Member("features", ListOf(STR), "What QEMU uses to write it, or to read it."),
+        Member("features", ListOf(STR), "What is used to write it, or to read it."),
         Member("size", INT, "Its bytes."),
         Member("on-disk", INT, "What it takes on the disk, which is less where it has holes."),
     ),
@@ -282,7 +282,12 @@ MIGRATION = Struct(
         Member("plan", PLAN, "Once both sides have settled on it.", optional=True),
         Member("tunables", DICT, "The tunables that the user set, with their values."),
         Member("ram", RAM, "Once RAM is being moved.", optional=True),
-        Member("setup-time", INT, "What QEMU needed before the first byte.", optional=True),
+        Member(
+            "setup-time",
+            INT,
+            "What the guest's process needed before the first byte.",
+            optional=True,
+        ),
         Member("total-time", INT, "How long it took, or has taken so far.", optional=True),
         Member("expected-downtime", INT, "How long the guest would stop now.", optional=True),
         Member("downtime", INT, "How long the guest stood still.", optional=True),
@@ -304,12 +309,17 @@ MIGRATION = Struct(
         Member(
             "negotiation-time",
             NUMBER,
-            "What the two daemons added before QEMU's own part.",
+            "What the two daemons added before the guest's processes began.",
             optional=True,
         ),
         Member("cpu-throttle-percentage", INT, "How much the guest is slowed.", optional=True),
         Member("postcopy-blocktime", INT, "How long virtual CPUs waited for pages.", optional=True),
-        Member("blocked-reasons", ListOf(STR), "Why QEMU refuses to migrate.", optional=True),
+        Member(
+            "blocked-reasons",
+            ListOf(STR),
+            "Why the guest's process refuses to migrate.",
+            optional=True,
+        ),
         Member("error", ERROR, "Why it failed.", optional=True),
         Member("started", NUMBER, "When it began, in seconds since 1970."),
         Member("ended", NUMBER, "When it was over, in seconds since 1970.", optional=True),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["SOCKET_VARIABLE", "default_socket", "greets_as", "package"]
+__all__ = ["SOCKET_VARIABLE", "default_socket", "is_qmigd", "package"]
 
 #: The environment variable that tells ``qmigctl`` where the daemon listens.
 SOCKET_VARIABLE = "QMIGD_SOCKET"
@@ -30,13 +30,9 @@ def package(version: str) -> str:
     return f"qmigd {version}"
 
 
-def greets_as(greeting: Mapping[str, Any]) -> str | None:
-    """Return who greets so: ``None`` for a qmigd, else ``"QEMU 10.0.2"``.
+def is_qmigd(greeting: Mapping[str, Any]) -> bool:
+    """Whether it is a qmigd that greets so, and not a guest.
 
     :param greeting: what is in the greeting's ``QMP``, of whomever.
     """
-    version = greeting.get("version", {})
-    if str(version.get("package", "")).startswith(package("")):
-        return None
-    numbers = version.get("qemu", {})
-    return "QEMU " + ".".join(str(numbers.get(part, "?")) for part in ("major", "minor", "micro"))
+    return str(greeting.get("version", {}).get("package", "")).startswith(package(""))

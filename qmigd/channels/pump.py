@@ -247,7 +247,7 @@ class Pump:
     def _follow(self, outward: bool, end: End) -> None:
         if end.what == "eof":
             if outward and self.lost is not None:
-                self._close("the guest's QEMU closed its end, after the peer was lost")
+                self._close("the guest's process closed its end, after the peer was lost")
             elif outward:
                 _shut(self._wire, socket.SHUT_WR)
             elif not self.hold:
@@ -263,7 +263,7 @@ class Pump:
                 what = "the peer sent could not be decoded"
             self._lose(f"what {what}: {end.text}")
         elif (end.what == "source") == outward:
-            self._close(f"the guest's QEMU closed its end: {end.text}")
+            self._close(f"the guest's process closed its end: {end.text}")
         else:
             self._lose(f"the peer closed its end: {end.text}")
 

@@ -311,7 +311,8 @@ class SourceRelay(_Relay):
             sock.close()
             self._tell(
                 ChannelRefused(
-                    None, f"QEMU opened more than the {len(self._channels)} channels planned"
+                    None,
+                    f"the guest opened more than the {len(self._channels)} channels planned",
                 )
             )
         else:
@@ -367,7 +368,7 @@ class DestinationRelay(_Relay):
             await self.address.client(self._reactor).connect(factory)
         except ConnectError as error:
             raise GuestGone(
-                f"The guest's QEMU does not take channel {channel.name} {channel.index}: "
+                f"The guest's process does not take channel {channel.name} {channel.index}: "
                 f"{not_connected(error)}"
             ) from None
         return await taking

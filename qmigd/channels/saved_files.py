@@ -183,8 +183,8 @@ class SavedFile:
             return
         if checksum(descriptor, head.offset, head.length, stop) != head.checksum:
             raise FileError(
-                f"{self.path} is damaged: the checksum of what QEMU saved is wrong; nothing of "
-                f"it was given to QEMU"
+                f"{self.path} is damaged: the checksum of what was saved is wrong; nothing of "
+                f"it was given to the guest's process"
             )
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ def _again(descriptor: int, how: int, direct: bool) -> int:
         return os.open(f"/proc/self/fd/{descriptor}", flags)
     except OSError as error:
         hint = "; its file system may not know direct-io" if direct else ""
-        raise FileError(f"the file cannot be opened for QEMU: {_said(error)}{hint}") from None
+        raise FileError(f"the file cannot be opened for the guest: {_said(error)}{hint}") from None
 
 
 def write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:

@@ -240,7 +240,7 @@ async def _guest_add(session: Session) -> Exit:
 async def _guest_remove(session: Session) -> Exit:
     name = session.options.name
     answer = await session.ask("guest-remove", name=name)
-    session.print(answer, f"{name} is forgotten; its QEMU goes on.")
+    session.print(answer, f"{name} is forgotten; its process goes on.")
     return Exit.OK
 
 

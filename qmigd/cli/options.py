@@ -179,7 +179,7 @@ def _save(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--replace", action="store_true", help=_help("save", "replace"))
     parser.add_argument(
-        "--no-checksum", action="store_true", help="make no checksum of what QEMU saves"
+        "--no-checksum", action="store_true", help="make no checksum of what is saved"
     )
 
 
@@ -350,7 +350,7 @@ LOCAL: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
         "Say what is in a migration stream or in the file of a saved guest.\n\nThe machine type, "
         "the blocks and pages of RAM, the passes over it, the sections with their sizes, what "
         "the devices' state is, and what 'qmigctl save' wrote in front of it. The file is a "
-        "stream that QEMU wrote, with or without mapped-ram, or was made by 'qmigctl save' in any "
+        "stream of QEMU's format, with or without mapped-ram, or was made by 'qmigctl save' in any "
         "format. A cut or damaged one is told up to where that is.",
         _inspect,
     ),

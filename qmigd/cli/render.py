@@ -126,7 +126,7 @@ def guests(answer: Sequence[_Json], width: int | None = None) -> str:
     """Return the table of ``qmigctl guests``."""
     if not answer:
         return (
-            "This daemon knows no guest. Register a running QEMU with 'qmigctl guest-add', or "
+            "This daemon knows no guest. Register a running one with 'qmigctl guest-add', or "
             "put a [guest.NAME] into its configuration."
         )
     rows = []

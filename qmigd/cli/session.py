@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from twisted.internet import task
 from twisted.internet.defer import CancelledError, Deferred
 
-from ..api import SOCKET_VARIABLE, default_socket, greets_as
+from ..api import SOCKET_VARIABLE, default_socket, is_qmigd
 from ..errors import DeadlineError, GuestError, GuestGone, QmigdError
 from ..qmp.client import QMPRefusal
 from ..qmp.connecting import connect
@@ -71,10 +71,10 @@ def _unreachable(address: str, error: QmigdError) -> Ending:
     return Ending(Exit.UNREACHABLE, "unreachable", text)
 
 
-def _not_qmigd(address: str, who: str) -> Ending:
+def _not_qmigd(address: str) -> Ending:
     """Return the sentence for somebody else who speaks QMP."""
     text = (
-        f"{address.removeprefix('unix:')} is the QMP socket of a guest, of {who}, and not qmigd's; "
+        f"{address.removeprefix('unix:')} is the QMP socket of a guest, and not qmigd's; "
         f"'qmigctl guest-add NAME {address}' tells qmigd of it."
     )
     return Ending(Exit.UNREACHABLE, "unreachable", text)
@@ -88,8 +88,8 @@ async def _run(reactor: Any, options: argparse.Namespace) -> Exit:
     except GuestError as error:
         raise _unreachable(address, error) from None
     try:
-        if (other := greets_as(client.greeting)) is not None:
-            raise _not_qmigd(address, other)
+        if not is_qmigd(client.greeting):
+            raise _not_qmigd(address)
         return await RUN[options.command](Session(reactor, client, options))
     except QMPRefusal as error:
         raise Ending(Exit.REFUSED, error.code, error.desc) from None

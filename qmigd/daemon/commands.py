@@ -20,7 +20,7 @@ from .. import __version__
 from ..api import COMMANDS, nearest, schema
 from ..backend import Guest, Tunable
 from ..errors import ArgumentError, GuestNotFound, MigrationError
-from ..interfaces import PATHS, QEMU, GuestFacts, No, Role
+from ..interfaces import PATHS, PROCESS, GuestFacts, No, Role
 from ..migration.offer import not_offered
 from ..migration.restoring import RestoreOptions, Restoring
 from ..migration.saving import SaveOptions, Saving
@@ -124,7 +124,7 @@ class Commands(ChannelCommands):
         for name, feature in self._services.features.items():
             answer = feature.probe_guest(facts, role)
             if name not in found and isinstance(answer, No):
-                found[name] = Obstacle.of(answer, QEMU)
+                found[name] = Obstacle.of(answer, PROCESS)
         return found
 
     async def _pair_features(

@@ -282,7 +282,7 @@ class _Reader:
                 self._problem(
                     (*key, "qmp"),
                     f"{_title(key)} has the QMP socket of [guest.{owners[guest.qmp]}]; it is "
-                    f"one QEMU, and one guest",
+                    f"one process, and one guest",
                 )
             if guest.launch and not shutil.which(guest.launch[0], path=self._environ.get("PATH")):
                 self._problem(

@@ -83,7 +83,6 @@ class GuestRegistry:
             config.command,
             state_dir,
             deadline=3 * self._deadline,
-            program="QEMU" if config.memory is None else "process",
         )
 
     async def start_guests(self) -> None:

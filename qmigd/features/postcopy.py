@@ -85,7 +85,7 @@ def _probe_destination(guest: GuestFacts) -> Answer:
     ):
         device = " or let it open /dev/userfaultfd" if guest.version >= _OPENS_DEVICE else ""
         return No(
-            f"it gives user {process.uid}, as whom the guest's QEMU runs, no userfaultfd: allow"
+            f"it gives user {process.uid}, as whom the guest's process runs, no userfaultfd: allow"
             f" it with 'sysctl vm.unprivileged_userfaultfd=1'{device}",
             KERNEL,
         )

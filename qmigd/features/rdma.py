@@ -86,7 +86,7 @@ class Rdma(Feature):
             return No(
                 f"its locked-memory limit is {limit >> 20} MiB, and {-(-needed >> 20)} MiB are"
                 " needed: raise it with 'ulimit -l', or LimitMEMLOCK= in a systemd unit, before"
-                " QEMU is started"
+                " the guest is started"
             )
         return Yes()
 

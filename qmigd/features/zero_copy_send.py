@@ -99,7 +99,7 @@ class ZeroCopySend(Feature):
                 raise Withdraw(
                     f"its locked-memory limit is {_mib(process.memlock)} MiB, and"
                     f" {channels} channels may need {_mib(needed)} MiB: raise it with"
-                    " 'ulimit -l', or LimitMEMLOCK= in a systemd unit, before QEMU is started"
+                    " 'ulimit -l', or LimitMEMLOCK= in a systemd unit, before the guest is started"
                 )
         return {}
 

@@ -53,12 +53,10 @@ class Launcher:
         state_dir: Path,
         *,
         deadline: float = 30.0,
-        program: str = "QEMU",
     ) -> None:
         """:param argv: its command line, without ``-incoming``, from the configuration.
         :param deadline: seconds that it has from its start to an open QMP socket,
             and from an asked-for end to its end.
-        :param program: what it is called where something is wrong with it.
         :raises GuestError: the state directory's path is too long for a socket.
         """
         self._socket = state_dir / f"{name}.qmp"
@@ -68,7 +66,6 @@ class Launcher:
         self._name = name
         self._argv = tuple(argv)
         self._deadline = deadline
-        self._program = program
         self.failure = ""
         self._process: _Process | None = None
         if len(os.fsencode(self._socket)) > _SUN_PATH:
@@ -109,9 +106,7 @@ class Launcher:
             try:
                 await self._process.end(self._deadline)
             except TimeoutError:
-                raise GuestBusy(
-                    f"the {self._program} of guest {self._name} is still running"
-                ) from None
+                raise GuestBusy(f"the process of guest {self._name} is still running") from None
             self._process = None
         try:
             self._process = process = self._spawn(incoming)
@@ -141,7 +136,7 @@ class Launcher:
                 )
         except OSError as error:
             raise GuestError(
-                f"the {self._program} of guest {self._name} cannot be started: {error.strerror}"
+                f"the process of guest {self._name} cannot be started: {error.strerror}"
                 f" ({error.filename})"
             ) from None
         return _Process(self._reactor, child.pid, child)
@@ -151,12 +146,12 @@ class Launcher:
         while not await self.running():
             if process.ended:
                 raise GuestGone(
-                    f"the {self._program} of guest {self._name} ended as soon as it was started"
+                    f"the process of guest {self._name} ended as soon as it was started"
                     f" ({process.outcome}): {self._tail()}"
                 )
             if self._reactor.seconds() >= end:
                 raise GuestError(
-                    f"the {self._program} of guest {self._name} did not open its QMP socket within"
+                    f"the process of guest {self._name} did not open its QMP socket within"
                     f" {self._deadline:g} s: {self._tail()}",
                     code="deadline",
                 )

@@ -17,7 +17,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from qmigd.api import greets_as
+from qmigd.api import is_qmigd
 from qmigd.backend import Examined, Tunable
 from qmigd.errors import GuestBusy, GuestError, GuestGone
 from qmigd.guests import builds, describe, process, schema, setting, streams
@@ -110,11 +110,11 @@ class QemuGuest:
             client = await connect(self._reactor, self.qmp, deadline=self._deadline)
         finally:
             self._attaching = False
-        if greets_as(client.greeting) is None:
+        if is_qmigd(client.greeting):
             client.close()
             raise GuestError(
                 f"{self.qmp} is the management socket of a qmigd, and no guest's: name the one "
-                "that the guest's QEMU was started with (-qmp)"
+                "that the guest was started with (-qmp)"
             )
         self._client = client
         self.told_to_run = False
@@ -160,7 +160,9 @@ class QemuGuest:
         :raises GuestGone: there is none (any more).
         """
         if self._client is None:
-            raise GuestGone(f"qmigd is not connected to guest {self.name}; its QEMU may have ended")
+            raise GuestGone(
+                f"qmigd is not connected to guest {self.name}; its process may have ended"
+            )
         return self._client
 
     # -- what it is
@@ -322,7 +324,7 @@ class QemuGuest:
         while (state := (await client.execute("query-status"))["status"]) == "finish-migrate":
             if self._reactor.seconds() >= end:
                 raise QMPDeadline(
-                    f"the QEMU of guest {self.name} is still completing its migration after "
+                    f"the process of guest {self.name} is still completing its migration after "
                     f"{self._deadline:g} s, and does not let the guest run before it is done"
                 )
             await deferLater(self._reactor, STATE_POLL)
@@ -366,7 +368,9 @@ class QemuGuest:
         timer = self._reactor.callLater(
             self._deadline,
             gone.errback,
-            QMPDeadline(f"the QEMU of guest {self.name} did not end within {self._deadline:g} s"),
+            QMPDeadline(
+                f"the process of guest {self.name} did not end within {self._deadline:g} s"
+            ),
         )
         try:
             await gone

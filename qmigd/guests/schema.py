@@ -138,7 +138,7 @@ def find(tunables: Iterable[Tunable], name: str) -> Tunable:
     hint = "'query-tunables' lists those that there are"
     if near:
         hint = f"did you mean {' or '.join(near)}?"
-    raise ArgumentError(f"this guest's QEMU has no migration parameter '{name}'; {hint}")
+    raise ArgumentError(f"this guest has no migration parameter '{name}'; {hint}")
 
 
 def coerce(tunable: Tunable, value: Any) -> Any:

@@ -68,7 +68,7 @@ def _compare(guest: str, wanted: Settings, got: Settings) -> None:
     for name, value in {**wanted.capabilities, **wanted.parameters}.items():
         if value is not None and present[name] != value:
             raise GuestError(
-                f"the QEMU of guest {guest} was to have {name} at {value!r}, and has it"
+                f"the process of guest {guest} was to have {name} at {value!r}, and has it"
                 f" at {present[name]!r}"
             )
 
@@ -101,7 +101,7 @@ def _pick(
     """Return what a QEMU has for the names in ``settings``, out of all that it has."""
     for name in settings.capabilities:
         if name not in capabilities:
-            raise GuestError(f"the QEMU of guest {guest} has no capability {name}")
+            raise GuestError(f"the process of guest {guest} has no capability {name}")
     return Settings(
         {name: capabilities[name] for name in settings.capabilities},
         {name: parameters.get(name) for name in settings.parameters},

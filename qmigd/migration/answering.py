@@ -21,7 +21,7 @@ from ..interfaces import (
     DIRECT,
     PATH,
     PATHS,
-    QEMU,
+    PROCESS,
     TCP,
     GuestFacts,
     No,
@@ -238,7 +238,7 @@ class Answering(Move):
                     raise Withdraw("it goes over TCP only, and this connection is none", PATH)
                 agreements[name] = feature.answer(facts, host, proposal)
             except Withdraw as withdrawal:
-                self.left_out[name] = Obstacle.of(withdrawal, QEMU, "destination")
+                self.left_out[name] = Obstacle.of(withdrawal, PROCESS, "destination")
             except ValueError as error:
                 raise ProtocolError(
                     f"the source's parameters for {name} make no sense: {error}", code="feature"
@@ -272,7 +272,7 @@ class Answering(Move):
             except GuestError as error:
                 if _lost(error):
                     raise
-                refused[name] = Obstacle(error.text, QEMU, "destination")
+                refused[name] = Obstacle(error.text, PROCESS, "destination")
         return refused
 
     def _source_facts(self, here: GuestFacts) -> GuestFacts:

@@ -123,7 +123,7 @@ class Incoming(Answering):
         """
         status = await self.look()
         if status in OVER and status != "completed":
-            raise MigrationError(f"QEMU's migration {status}: {await self.reason()}")
+            raise MigrationError(f"the guest's migration {status}: {await self.reason()}")
         if self._failure is not None:
             raise self._failure
         if self._owned is Owned.NO:
@@ -167,13 +167,13 @@ class Incoming(Answering):
             self._since.pop("load", None)
         if torn and self._waits:
             raise MigrationError(
-                "the stream broke, or QEMU did not get to load the guest's devices from it; "
+                "the stream broke, or the guest's devices could not be loaded from it; "
                 "the guest has not run here"
             )
         if torn:
             raise MigrationError(
                 "the stream broke in postcopy; the guest runs here, and RAM that had not "
-                "arrived is still at the source: do not end its QEMU there"
+                "arrived is still at the source: do not end its process there"
             )
 
     def _late(self, what: str) -> bool:
@@ -281,7 +281,7 @@ class Incoming(Answering):
         async def end() -> str:
             assert self.guest is not None
             await self.guest.quit()
-            return "its QEMU here was ended"
+            return "its process here was ended"
 
         await finish_late(self, end)
         await self._leave()

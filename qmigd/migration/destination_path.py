@@ -97,7 +97,10 @@ class DestinationPath(Path):
             self._port = port
             return port
         # The first one has the reason: a QEMU that has failed once may say no more than that.
-        raise (*refusals, GuestError("QEMU could not listen on any of the direct-ports"))[0]
+        raise (
+            *refusals,
+            GuestError("the guest's process could not listen on any of the direct-ports"),
+        )[0]
 
     def _came(self, name: str, index: int, line: Line) -> None:
         if self._take is None:

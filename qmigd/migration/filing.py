@@ -115,13 +115,12 @@ def way(
     mapped = maps(facts) if format is None else format == MAPPED_RAM
     if mapped and not maps(facts):
         raise FeatureError(
-            f"{MAPPED_RAM} needs a QEMU of version 9.1 or newer, and that of guest "
-            f"{facts.name} is {'.'.join(map(str, facts.version))}; "
+            f"guest {facts.name} has no {MAPPED_RAM}, which QEMU has from version 9.1 on; "
             + (
                 f"save it with the format {STREAM} or {ZSTD}"
                 if role == "source"
                 else f"save it there with the format {STREAM} or {ZSTD}, or restore it here "
-                "into a newer QEMU"
+                "into a newer one"
             )
         )
     format = MAPPED_RAM if mapped else format or STREAM

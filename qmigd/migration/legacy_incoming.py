@@ -110,7 +110,8 @@ class LegacyIncoming(Move):
         examined = await self.take_from_peer(self._name)
         if examined.facts.parameters.get("tls-creds"):
             raise GuestError(
-                f"the QEMU of guest {self._name} has tls-creds set, and a plain stream has no TLS"
+                f"the process of guest {self._name} has tls-creds set, and a plain stream has "
+                "no TLS"
             )
         services.records.add(self.record)
         self.record.plan = plan = plain_plan(services.features, "source")

@@ -143,7 +143,7 @@ class Move(ABC):
 
     async def find_waiting(self, name: str | None) -> Guest:
         """Wait for a guest that may be taken; see :meth:`take_from_peer`."""
-        self.record.update(step="waiting for the guest's QEMU")
+        self.record.update(step="waiting for the guest's process")
         self.guest = guest = await self.services.guests.waiting(name, self.record.id)
         self.record.guest = guest.name
         return guest
@@ -159,13 +159,13 @@ class Move(ABC):
         if examined.status != "inmigrate":
             raise GuestError(
                 f"guest {guest.name} does not wait {what}, it is {examined.status}; "
-                f"start its QEMU with -incoming defer",
+                f"start its process with -incoming defer",
                 code="guest-not-waiting",
             )
         if examined.migration != "none":
             # It cannot be told any more where to wait, and is somebody else's to end.
             raise GuestError(
-                f"guest {guest.name} does not wait {what}: its QEMU waits for a stream "
+                f"guest {guest.name} does not wait {what}: its process waits for a stream "
                 f"by itself, or has had one (its migration is {examined.migration}); start it "
                 f"with -incoming defer",
                 code="guest-not-waiting",
@@ -302,7 +302,7 @@ class Move(ABC):
                 if status == "completed":
                     return
                 if status in OVER:
-                    raise MigrationError(f"QEMU's migration {status}: {await self.reason()}")
+                    raise MigrationError(f"the guest's migration {status}: {await self.reason()}")
             await self.rest()
 
     async def until_over(self) -> None:
@@ -358,7 +358,9 @@ class Move(ABC):
         assert self.guest is not None
         await self.cancel_migration()
         if not await self.over_within(self.services.deadlines.guest):
-            raise DeadlineError("QEMU does not end its migration although it was cancelled")
+            raise DeadlineError(
+                "the guest's process does not end its migration although it was cancelled"
+            )
 
     def stalled_for(self) -> float:
         """Seconds since QEMU's migration moved at all."""
@@ -371,7 +373,7 @@ class Move(ABC):
             progress = await self.guest.query_migrate()
         except GuestError as error:
             return error.text
-        return str(progress.get("error-desc") or "QEMU gives no reason")
+        return str(progress.get("error-desc") or "no reason is given")
 
     async def put_back(self) -> None:
         """Set everything as it was before the migration."""
@@ -382,7 +384,7 @@ class Move(ABC):
             self.saved = Settings()
         except QmigdError as error:
             log.warn(
-                "guest {guest}: its QEMU's migration settings could not be put back: {error}",
+                "guest {guest}: its migration settings could not be put back: {error}",
                 guest=self.guest.name,
                 error=error.text,
             )

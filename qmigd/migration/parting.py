@@ -45,7 +45,7 @@ async def finish_late(move: Move, bring_back: Callable[[], Awaitable[str]]) -> N
             with suppress(DeadlineError):
                 step = await bring_back()
     except QmigdError as error:
-        step = f"the guest's QEMU could not be asked: {error.text}"
+        step = f"the guest's process could not be asked: {error.text}"
     except Exception:
         log.failure("late end of {migration}", migration=move.record.name)
         step = "qmigd itself failed; its log says where"
@@ -62,7 +62,7 @@ def goes_on(move: Move) -> bool:
 async def part_late(move: Move) -> None:
     """Leave QEMU as it was before the migration, once it is done.  Never raises."""
     log.info(
-        "guest {guest}: its QEMU is {status}; what was set for the migration is put back when "
+        "guest {guest}: its process is {status}; what was set for the migration is put back when "
         "that has ended",
         guest=move.record.guest,
         status=move.qemu_status,

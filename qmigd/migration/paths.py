@@ -155,7 +155,7 @@ def for_qemu(end: PeerSocket) -> socket.socket:
     if isinstance(end, TlsSocket):
         end.close()
         raise LocalError(
-            "The plan is to hand a connection in TLS to QEMU, but this side's kernel does not "
+            "The plan is to hand a connection in TLS to the guest, but this side's kernel does not "
             "do the TLS."
         )
     return end

@@ -113,7 +113,7 @@ def _capabilities(source: Any, destination: Any) -> list[str]:
     for name in sorted(differing):
         where = "at the source" if name in source else "here"
         found.append(
-            f"the migration capability {name} is on {where} only: set it alike on both QEMUs"
+            f"the migration capability {name} is on {where} only: set it alike on both sides"
         )
     return found
 

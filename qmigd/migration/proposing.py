@@ -31,7 +31,7 @@ from ..interfaces import (
     HOST,
     PATH,
     PATHS,
-    QEMU,
+    PROCESS,
     TCP,
     GuestFacts,
     No,
@@ -74,16 +74,16 @@ _NOT_MOVABLE = {
     "inmigrate": "it waits for a migration itself",
     "postmigrate": "it was moved away already, or saved; what is here is the stopped "
     "rest ('cont' on its QMP socket lets that run, if the guest is nowhere else)",
-    "internal-error": "QEMU stopped it because of an internal error",
+    "internal-error": "its process stopped it because of an internal error",
     "shutdown": "it has shut down",
 }
 
 #: Transports over which one QEMU cannot connect to the other, and why.  Over vsock it can.
 _NO_NETWORK = {
     "unix": "the two daemons speak over a unix socket, whose other end may be forwarded, and not "
-    "over a network in which the QEMUs have addresses",
+    "over a network in which both guests' processes have addresses",
     "exec": "a program carries the connections, and only it knows where the destination is",
-    "fd": "all connections are handed over as descriptors, and direct would be QEMUs that make "
+    "fd": "all connections are handed over as descriptors, and direct would be processes that make "
     "their own",
 }
 
@@ -270,7 +270,7 @@ class Proposing(Move):
                 proposals[name] = self._propose(name, facts)
                 machine.feature(name, proposals[name])
             except Withdraw as withdrawal:
-                left_out[name] = Obstacle.of(withdrawal, QEMU, "source")
+                left_out[name] = Obstacle.of(withdrawal, PROCESS, "source")
                 machine.feature(name, left_out[name].to_wire("withdrawn"))
         self._check_required()
         terms = Terms(
@@ -402,7 +402,7 @@ def check_movable(examined: Examined, what: str = "moved") -> None:
         raise GuestError(f"guest {facts.name} cannot be {what}: {why}")
     if facts.blockers:
         raise GuestError(
-            f"guest {facts.name} cannot be {what}, says its QEMU: {'; '.join(facts.blockers)}",
+            f"guest {facts.name} cannot be {what}, says its process: {'; '.join(facts.blockers)}",
             code="guest-blocked",
         )
 

@@ -71,7 +71,7 @@ class Recovery(Move):
             if role == "source" and "file" in entry:
                 discard(entry["file"])
             self.saved = Settings()
-            self._step = f"its QEMU is gone: {error.text}"
+            self._step = f"its process is gone: {error.text}"
         elif error is not None:
             self._step = f"it could not be brought to an end: {error.text}"
         log.warn(
@@ -145,7 +145,7 @@ class Recovery(Move):
     async def _destination(self, guest: Guest) -> str:
         entry = self._entry
         if entry["stage"] == "prepared":
-            return "nothing had been moved; its QEMU still waits"
+            return "nothing had been moved; its process still waits"
         if "file" in entry:
             return await self._restored(guest)
         if entry["stage"] == "receiving":
@@ -171,11 +171,11 @@ class Recovery(Move):
         """A guest out of a file: QEMU may have it whole, if it reads the file by itself."""
         await self.until_over()
         if self.qemu_status == "none":
-            return "nothing of it had been loaded; its QEMU still waits"
+            return "nothing of it had been loaded; its process still waits"
         if self.qemu_status != "completed":
             self.saved = Settings()
             await guest.quit()
-            return "its file was not read to the end, and its QEMU was ended"
+            return "its file was not read to the end, and its process was ended"
         if self._entry.get("run", True) and await guest.query_status() != "running":
             await guest.cont()
         return "it was restored"

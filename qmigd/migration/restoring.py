@@ -169,7 +169,7 @@ class Restoring(Filing):
             if status in OVER:
                 reason = await self.reason()
                 self.raise_if_broken()
-                raise FileError(f"QEMU could not load {self.path}: {reason}")
+                raise FileError(f"the guest's process could not load {self.path}: {reason}")
             if (now := self._read()) != moved:
                 moved, since = now, self.now()
                 if moved is not None:
@@ -178,7 +178,7 @@ class Restoring(Filing):
                 since = self.now()
             if self.now() - since > stall:
                 raise MigrationError(
-                    f"nothing has been read for {stall:g} seconds (QEMU's status: {status})",
+                    f"nothing has been read for {stall:g} seconds (migration status: {status})",
                     code="deadline",
                 )
             await self.rest()
@@ -192,7 +192,8 @@ class Restoring(Filing):
         except GuestGone:
             self.raise_if_broken()
             raise FileError(
-                f"QEMU ended while it loaded {self.path}; what it has printed says why"
+                f"the guest's process ended while it loaded {self.path}; what it has "
+                "printed says why"
             ) from None
 
     def _read(self) -> int | None:
@@ -244,14 +245,14 @@ class Restoring(Filing):
                 return "the guest is here, but could not be let run"
             launched = self.services.guests.launched_for(guest, self.record.id)
             if not self._moving and not launched:
-                return "not here; its QEMU is as it was"
+                return "not here; its process is as it was"
             self.saved = Settings()
             await guest.quit()
         except GuestGone:
             pass
         except QmigdError as second:
-            return f"not here; its QEMU could not be ended: {second.text}"
-        return "not here; its QEMU was ended"
+            return f"not here; its process could not be ended: {second.text}"
+        return "not here; its process was ended"
 
     def note(self) -> None:
         self.put_down("receiving", file=str(self.path), run=self._file.head.run)

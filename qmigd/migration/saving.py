@@ -191,12 +191,12 @@ class Saving(Filing):
                 return
             if status in OVER and status != "completed":
                 raise FileError(
-                    f"QEMU could not save guest {self.record.guest} to {self.path}: "
+                    f"guest {self.record.guest} could not be saved to {self.path}: "
                     f"{await self.reason()}"
                 )
             if self.stalled_for() > stall:
                 raise MigrationError(
-                    f"nothing has been written for {stall:g} seconds (QEMU's status: {status})",
+                    f"nothing has been written for {stall:g} seconds (migration status: {status})",
                     code="deadline",
                 )
             self._tell()
@@ -254,9 +254,9 @@ class Saving(Filing):
                 step = await self._bring_back()
             except DeadlineError as second:
                 lingers = True
-                step = f"QEMU is not done, and qmigd goes on waiting for it: {second.text}"
+                step = f"its process is not done, and qmigd goes on waiting for it: {second.text}"
             except QmigdError as second:
-                step = f"the guest's QEMU could not be asked: {second.text}"
+                step = f"its process could not be asked: {second.text}"
         self._close()
         if not lingers:
             await self.take_back()
@@ -312,7 +312,7 @@ class Saving(Filing):
                 return "saved; " + await self._go_on()
             if after == QUIT:
                 await guest.quit()
-                return "saved; the QEMU here was ended"
+                return "saved; the process here was ended"
         except QmigdError as error:
             return f"saved; {error.text}"
         return "saved; kept here paused, as it was saved"

@@ -73,7 +73,7 @@ def compare(wanted: Settings, real: Settings, where: str) -> None:
         for name, value in want.items():
             if have.get(name) != value:
                 raise FeatureError(
-                    f"the {where}'s QEMU has its migration {kind} {name} at "
+                    f"the {where}'s process has its migration {kind} {name} at "
                     f"{have.get(name)!r} instead of {value!r}; the migration was not begun"
                 )
 

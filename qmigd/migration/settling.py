@@ -122,9 +122,11 @@ class Settling(Proposing):
             return await self._bring_back(error)
         except DeadlineError as second:
             self._lingers = True
-            step = f"the guest's QEMU is not done, and qmigd goes on waiting for it: {second.text}"
+            step = (
+                f"the guest's process is not done, and qmigd goes on waiting for it: {second.text}"
+            )
         except QmigdError as second:
-            step = f"the guest's QEMU could not be asked: {second.text}"
+            step = f"the guest's process could not be asked: {second.text}"
         log.warn("guest {guest}: {step}", guest=self.record.guest, step=step)
         return step
 
@@ -156,7 +158,7 @@ class Settling(Proposing):
         if act is Act.LEAVE and goes_on(self):
             return (
                 "stopped here; it is the destination's, which may still need RAM that is "
-                "here: do not end this QEMU before the guest there has all of it"
+                "here: do not end this process before the guest there has all of it"
             )
         if act is Act.LEAVE:
             return (
@@ -204,8 +206,8 @@ class Settling(Proposing):
             assert self.guest is not None
             await self.guest.quit()
         except QmigdError as error:
-            return f"moved; the QEMU here could not be ended: {error.text}"
-        return "moved; the QEMU here was ended"
+            return f"moved; the process here could not be ended: {error.text}"
+        return "moved; the process here was ended"
 
     def _note(self, stage: str) -> None:
         self._stage = stage

@@ -166,7 +166,7 @@ class Outgoing(Steering):
             if not isinstance(channel, str):
                 raise
             raise MigrationError(
-                f"QEMU cannot migrate to {channel}: {error.text}{self._hint()}"
+                f"the guest cannot migrate to {channel}: {error.text}{self._hint()}"
             ) from None
 
     async def _until_ready(self) -> None:
@@ -181,7 +181,7 @@ class Outgoing(Steering):
 
     def _raise_if_not_ready(self) -> None:
         if self._ready is None and self.now() >= self._ready_by:
-            raise DeadlineError("the destination's QEMU was not ready for the stream in time")
+            raise DeadlineError("the destination's process was not ready for the stream in time")
 
     async def _watch(self) -> None:
         """Follow QEMU until its migration has completed.
@@ -200,11 +200,11 @@ class Outgoing(Steering):
                 return
             if status in OVER:
                 self._raise_if_over()
-                raise MigrationError(f"QEMU's migration {status}: {await self._why()}")
+                raise MigrationError(f"the guest's migration {status}: {await self._why()}")
             if status == "postcopy-paused":
                 raise MigrationError(
                     "the stream broke in postcopy; the guest is the destination's, and RAM that "
-                    "had not arrived is still here: do not end this QEMU"
+                    "had not arrived is still here: do not end this process"
                 )
             self._raise_if_over()
             if not self.baseline:
@@ -216,7 +216,7 @@ class Outgoing(Steering):
         """Give up where nothing moves any more, but for a postcopy that still may."""
         stall = self.services.deadlines.stall
         stalled = self.stalled_for() > stall and status != "pre-switchover"
-        nothing = f"nothing has moved for {stall:g} seconds (QEMU's status: {status})"
+        nothing = f"nothing has moved for {stall:g} seconds (migration status: {status})"
         # One whose guest has arrived whole has nothing to wait for, and QEMU 7.2 may hang there.
         if not status.startswith("postcopy") or self._outcome is not None:
             if stalled:
@@ -226,12 +226,13 @@ class Outgoing(Steering):
         if self._given_up:
             raise MigrationError(
                 f"{nothing}, and the user has given it up; the guest is the destination's, and "
-                f"RAM that had not arrived is still here: do not end this QEMU"
+                f"RAM that had not arrived is still here: do not end this process"
             )
         if stalled and self._path is not None and self._path.broken is not None:
             raise MigrationError(
                 f"the stream broke in postcopy ({self._path.broken}); the guest is the "
-                f"destination's, and RAM that had not arrived is still here: do not end this QEMU"
+                f"destination's, and RAM that had not arrived is still here: do not end this "
+                "process"
             )
         if stalled != self._stands_still:
             self._stands_still = stalled

@@ -125,7 +125,10 @@ class Steering(Settling):
             await start_postcopy(guest, hold, self._while_under_way)
         except GuestError as error:
             # With the guest stopped, precopy comes to its end at once.
-            log.info("QEMU does not switch to postcopy any more: {error}", error=error.text)
+            log.info(
+                "the guest's process does not switch to postcopy any more: {error}",
+                error=error.text,
+            )
 
     async def _while_under_way(self, seconds: float) -> None:
         if not self._over:

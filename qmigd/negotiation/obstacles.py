@@ -3,7 +3,7 @@
 Every reason that a user sees is made here, so that all have one form::
 
     destination kernel: vm.unprivileged_userfaultfd is 0 ...
-    source QEMU: it does not know the capability
+    source process: it does not know the capability
     policy of the source: it is excluded
     conflict: it cannot be combined with multifd
     path: no open path carries it together with multifd
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..interfaces import CONFLICT, PATH, PLACES, POLICY, QEMU, No, Role, Withdraw
+from ..interfaces import CONFLICT, PATH, PLACES, POLICY, PROCESS, No, Role, Withdraw
 from .terms import expect
 
 __all__ = ["Obstacle"]
@@ -57,7 +57,7 @@ class Obstacle:
         :raises ProtocolError: there is no reason in it.
         """
         where = body.get("where")
-        place = where if isinstance(where, str) and where in PLACES else QEMU
+        place = where if isinstance(where, str) and where in PLACES else PROCESS
         return cls(expect(body, key, str), place, side)
 
     def to_wire(self, key: str) -> dict[str, Any]:

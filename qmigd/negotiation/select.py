@@ -25,9 +25,9 @@ from .terms import Conflict, Terms, Traits
 __all__ = ["Choice", "choose"]
 
 _WHY = {
-    HANDOVER: "one channel: the socket is handed to QEMU, and no byte passes through qmigd",
-    DIRECT: "the QEMUs connect to each other, with all their channels",
-    RELAY: "each QEMU speaks to its own qmigd, which carries every channel through one port",
+    HANDOVER: "one channel: the socket is handed to the guest, and no byte passes through qmigd",
+    DIRECT: "the guest's processes connect to each other, with all their channels",
+    RELAY: "each process speaks to its own qmigd, which carries every channel through one port",
 }
 
 

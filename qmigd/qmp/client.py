@@ -81,7 +81,7 @@ class QMPRefusal(GuestError):
     """
 
     def __init__(self, command: str, kind: str, desc: str, code: str | None = None) -> None:
-        super().__init__(f"QEMU refused {command}: {desc}", code=code)
+        super().__init__(f"the guest's process refused {command}: {desc}", code=code)
         self.command = command
         self.desc = desc
         self.kind = kind
@@ -219,7 +219,9 @@ class QMPClient(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._lost is None:
-            self._fail(GuestGone(f"the QEMU on {self.address} has ended or closed its QMP socket"))
+            self._fail(
+                GuestGone(f"the process on {self.address} has ended or closed its QMP socket")
+            )
 
     # -- inside
 
@@ -303,7 +305,7 @@ class QMPClient(Protocol):
         for asked in [asked for asked in self._pending.values() if asked.due <= now]:
             asked.answer.errback(
                 QMPDeadline(
-                    f"the QEMU on {self.address} did not answer {asked.command} within "
+                    f"the process on {self.address} did not answer {asked.command} within "
                     f"{asked.seconds:g} s"
                 )
             )

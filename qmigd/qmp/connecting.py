@@ -57,14 +57,14 @@ def _refusal(address: str, error: Exception) -> GuestGone:
     if address.startswith("unix:") and os.path.exists(path) and not _is_socket(path):
         why = f"{path} is no socket"
     elif isinstance(error, ConnectionRefusedError):
-        why = "nobody listens there; the QEMU has ended, or was started without -qmp on it"
+        why = "nobody listens there; the guest has ended, or was started without -qmp on it"
     elif address.startswith("unix:") and "No such file" in str(error):
-        why = f"there is no socket {path}; is the QEMU running, and started with -qmp on it?"
+        why = f"there is no socket {path}; is the guest running, and started with -qmp on it?"
     elif isinstance(error, TimeoutError):
         why = "no answer came in time"
     else:
         why = str(getattr(error, "osError", None) or error)
-    return GuestGone(f"cannot reach a QEMU on {address}: {why}")
+    return GuestGone(f"cannot reach a guest on {address}: {why}")
 
 
 def _is_socket(path: str) -> bool:

@@ -150,7 +150,7 @@ class FailureTests(RdmaCase):
         """A source's QEMU that may not use the device says so."""
         source = self.without("7.2", "source")
         reason = self.refused(self.two(source, self.one("7.2", "there", incoming=True)))
-        self.assertIn(f"QEMU cannot migrate to rdma:{self.address}:", reason)
+        self.assertIn(f"the guest cannot migrate to rdma:{self.address}:", reason)
         self.assertIn("RDMA ERROR", reason)
         self.assertIn("'--exclude rdma'", reason)
 
@@ -216,7 +216,7 @@ class LockedMemoryTests(RdmaCase):
         plan = pair.completed()["plan"]
         (reason,) = [one["reason"] for one in plan["left-out"] if one["name"] == "rdma"]
         self.assertRegex(
-            reason, r"source QEMU: its locked-memory limit is 40 MiB, and 4\d MiB are needed"
+            reason, r"source process: its locked-memory limit is 40 MiB, and 4\d MiB are needed"
         )
         pair.prove_moved()
 
