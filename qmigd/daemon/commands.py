@@ -132,9 +132,7 @@ class Commands(ChannelCommands):
     ) -> dict[str, Any]:
         uri = str(address)
         record = self._services.records.new(new_id(), guest, "source", uri)
-        outgoing = Outgoing(
-            self._services, record, address, self._services.policy, {}, tls_hostname
-        )
+        outgoing = Outgoing(self._services, record, address, self._services.policy, tls_hostname)
         plan = await outgoing.probe(self._guests.take(guest, record.id))
         features = []
         here = not_offered(self._services)
@@ -177,7 +175,7 @@ class Commands(ChannelCommands):
         policy = services.policy.narrowed(prefer, require, exclude, legacy)
         record = services.records.new(new_id(), guest, "source", str(address))
         held = self._guests.take(guest, record.id)
-        outgoing = Outgoing(services, record, address, policy, {}, tls_hostname)
+        outgoing = Outgoing(services, record, address, policy, tls_hostname)
         try:
             await outgoing.attach(held)
             outgoing.tunables = await self._checked(held, tunables or {})

@@ -22,7 +22,7 @@ from twisted.logger import Logger
 
 from ..backend import Examined
 from ..channels.secured import TlsSide
-from ..errors import DeadlineError, FeatureError, GuestError, MigrationError, ProtocolError
+from ..errors import DeadlineError, FeatureError, MigrationError, ProtocolError
 from ..handshake.events import FeatureSaid, Prepared, Secured
 from ..handshake.source import SourceHandshake
 from ..interfaces import (
@@ -59,24 +59,16 @@ from ..wire.role import SECRET_SIZE
 from .control import Control, connect_control
 from .foreseeing import most_channels
 from .legacy import check_policy, plain_plan
+from .movable import check_movable
 from .move import Move
 from .offer import kernel_does_tls, not_offered
 from .services import Services
 from .settings import compare, settings_for, settings_from_wire
 from .status import Record
 
-__all__ = ["Cancelled", "Proposing", "check_movable"]
+__all__ = ["Cancelled", "Proposing"]
 
 log = Logger()
-
-#: Run states in which a guest has nothing that could be moved.
-_NOT_MOVABLE = {
-    "inmigrate": "it waits for a migration itself",
-    "postmigrate": "it was moved away already, or saved; what is here is the stopped "
-    "rest ('cont' on its QMP socket lets that run, if the guest is nowhere else)",
-    "internal-error": "its process stopped it because of an internal error",
-    "shutdown": "it has shut down",
-}
 
 #: Transports over which one QEMU cannot connect to the other, and why.  Over vsock it can.
 _NO_NETWORK = {
@@ -110,6 +102,7 @@ class Proposing(Move):
     :ivar calling: the attempt to make it.
     :ivar left_out: why features are not used.
     :ivar plan: what both sides settled on.
+    :ivar tunables: the user's.
     :ivar secret: what proves that a payload channel is this migration's.
     :ivar was_running: the guest ran when its migration began.
     :ivar cancelled: why the user wants an end of it, or ``None``.
@@ -124,7 +117,6 @@ class Proposing(Move):
         record: Record,
         uri: Address,
         policy: Policy,
-        tunables: Mapping[str, Any],
         tls_hostname: str | None = None,
     ) -> None:
         super().__init__(services, record)
@@ -139,7 +131,7 @@ class Proposing(Move):
         self.reached: Reachable = self.uri
         self.transport = str(place).partition(":")[0]
         self.policy = policy
-        self.tunables = tunables
+        self.tunables: Mapping[str, Any] = {}
         self.calling: Deferred[list[str]] | None = None
         self.left_out: dict[str, Obstacle] = {}
         self.control: Control | None = None
@@ -387,23 +379,6 @@ class Proposing(Move):
             ),
             there,
             "destination",
-        )
-
-
-def check_movable(examined: Examined, what: str = "moved") -> None:
-    """See that there is a guest that QEMU can give away.
-
-    :param what: is to be done with it, for the text of an error.
-    :raises GuestError: there is not.
-    """
-    facts = examined.facts
-    if examined.status in _NOT_MOVABLE:
-        why = _NOT_MOVABLE[examined.status]
-        raise GuestError(f"guest {facts.name} cannot be {what}: {why}")
-    if facts.blockers:
-        raise GuestError(
-            f"guest {facts.name} cannot be {what}, says its process: {'; '.join(facts.blockers)}",
-            code="guest-blocked",
         )
 
 

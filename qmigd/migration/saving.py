@@ -35,9 +35,9 @@ from ..transports.sockets import set_send_buffer
 from ..waiting import in_thread, together
 from ..wire.saved import NO_CHECKSUM, Head, offset_for
 from .filing import Filing, Way, way
+from .movable import check_movable
 from .move import OVER
 from .parting import finish_late
-from .proposing import check_movable
 from .services import Services
 from .status import Record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock
@@ -13,13 +14,10 @@ from twisted.python.failure import Failure
 from ..backend import Guest
 from ..errors import FeatureError, GuestError, MigrationError, QmigdError
 from ..interfaces import Settings
-from ..negotiation.policy import Policy
-from ..transports.uri import Address, FdAddress
+from ..transports.uri import FdAddress
 from .ownership import Peer, Released
 from .proposing import Cancelled
-from .services import Services
 from .settling import Settling
-from .status import Record
 from .switching import BANDWIDTH, Hold, start_postcopy
 
 __all__ = ["Steering"]
@@ -30,22 +28,16 @@ log = Logger()
 class Steering(Settling):
     """A source that does what its user asks for, at the moment when that can be done."""
 
-    def __init__(
-        self,
-        services: Services,
-        record: Record,
-        uri: Address,
-        policy: Policy,
-        tunables: Mapping[str, Any],
-        tls_hostname: str | None = None,
-    ) -> None:
-        super().__init__(services, record, uri, policy, tunables, tls_hostname)
-        self._release_taken: Deferred[None] | None = None
-        self._tuning = DeferredLock()
-        self._bandwidth: int | None = None
-        self._over = False
-        self._stands_still = False
-        self._given_up = False
+    _release_taken: Deferred[None] | None = None
+    _bandwidth: int | None = None
+    _over = False
+    _stands_still = False
+    _given_up = False
+
+    @cached_property
+    def _tuning(self) -> DeferredLock:
+        """Who has it sets the guest's migration parameters, and nobody else does."""
+        return DeferredLock()
 
     def cancel(self, reason: str) -> None:
         """Ask for the end.
