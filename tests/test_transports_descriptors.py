@@ -15,13 +15,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.errors import ArgumentError, MigrationError, NoChannel
 from qmigd.transports.adopting import adopt
-from qmigd.transports.descriptors import (
-    ChannelRequests,
-    DescriptorAddress,
-    FdAddress,
-    checked,
-    is_local,
-)
+from qmigd.transports.descriptors import ChannelRequests, DescriptorAddress, FdAddress
+from qmigd.transports.handed_over import checked, is_local
 from qmigd.transports.sockets import tcp_pair
 
 from . import test_transports_sockets

@@ -10,7 +10,8 @@ from ..migration.listening import IncomingFactory
 from ..migration.services import Services
 from ..qmp.descriptors import Descriptors
 from ..transports.adopting import adopt
-from ..transports.descriptors import DescriptorAddress, checked, is_local
+from ..transports.descriptors import DescriptorAddress
+from ..transports.handed_over import checked, is_local
 from ..transports.uri import IN_BAND
 
 __all__ = ["ChannelCommands"]

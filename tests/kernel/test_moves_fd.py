@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 
-from qmigd.transports.descriptors import is_local
+from qmigd.transports.handed_over import is_local
 from tests.rig.certificates import Authority
 from tests.rig.lane import KernelCase
 from tests.test_moves_fd import App, FdCase
