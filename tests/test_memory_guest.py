@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from twisted.trial.unittest import TestCase
 
+from qmigd.guests.process import look
 from qmigd.stream import events
 from qmigd.stream.reader import Reader
 from tests.rig.daemons import free_ports
 from tests.rig.memory import MemoryGuest, moved_whole
 from tests.rig.qmp import QmpError
+from tests.rig.users import locking
 
 #: Bytes a second that are less than what a guest writes.
 _SLOW = 8 << 20
@@ -22,14 +25,15 @@ _FULL = (*_SMALL, "-fill", "random")
 
 
 class MemoryCase(TestCase):
-    def guest(self, name: str, *argv: str) -> MemoryGuest:
-        guest = MemoryGuest(name, argv)
+    def guest(self, name: str, *argv: str, before: Sequence[str] = ()) -> MemoryGuest:
+        guest = MemoryGuest(name, argv, before=before)
         self.addCleanup(guest.close)
         return guest.launch()
 
-    def pair(self, *argv: str) -> tuple[MemoryGuest, MemoryGuest]:
+    def pair(self, *argv: str, before: Sequence[str] = ()) -> tuple[MemoryGuest, MemoryGuest]:
+        """:param before: what the source is started by."""
         argv = argv or _SMALL
-        source = self.guest("source", *argv)
+        source = self.guest("source", *argv, before=before)
         destination = self.guest("destination", *argv, "-incoming", "defer")
         return source.wait(), destination.wait()
 
@@ -102,6 +106,19 @@ class MoveTests(MemoryCase):
         )
         # On loopback the kernel always copies (Documentation/networking/msg_zerocopy.rst).
         self.assertGreater(done["ram"]["dirty-sync-missed-zero-copy"], 0)
+
+    def test_zero_copy_without_locked_memory(self) -> None:
+        """One that may lock nothing sends copies; qmigd sees beforehand that it may not."""
+        argv = ("-m", "8M", "-dirty-rate", "1M", "-fill", "random")
+        source, destination = self.pair(*argv, before=locking(0))
+        found = look(source.process.pid, source.process.pid)
+        assert found is not None
+        self.assertEqual(0, found.memlock)
+        self.set(source, destination, capabilities=("multifd", "zero-copy-send"))
+        self.begin(source, destination, f"tcp:127.0.0.1:{free_ports()[0]}")
+        done = source.wait_migration("completed", "failed")
+        self.assertEqual("completed", done["status"], done)
+        moved_whole(source, destination)
 
     def test_converges(self) -> None:
         """A guest that dirties more than can be sent is slowed down until it can be moved."""

@@ -32,10 +32,12 @@ class MemoryGuest:
         *,
         path: str = "",
         namespace: Namespace | None = None,
+        before: Sequence[str] = (),
         preloaded: bool = False,
     ) -> None:
         """:param argv: for a guest that :meth:`start` starts.
         :param namespace: where its network is then, if not here.
+        :param before: what it is started by, a prefix.
         :param path: the QMP socket of one that somebody else starts.
         :param preloaded: it need not load its own Python, if it runs here (see ``preloaded``).
         """
@@ -43,8 +45,8 @@ class MemoryGuest:
         self.directory = temporary_directory()
         self.qmp_path = path or os.path.join(self.directory, "qmp")
         self._argv = argv
-        self._prefix = namespace.prefix if namespace else ()
-        self._preloaded = preloaded and namespace is None
+        self._prefix = (*(namespace.prefix if namespace else ()), *before)
+        self._preloaded = preloaded and not self._prefix
         self._process: Process | None = None
         self._monitor: QmpClient | None = None
 

@@ -1,4 +1,4 @@
-"""QEMUs that are not root's, with limits of their own; root starts them."""
+"""Guests whose processes may do less than root, with limits of their own; root starts them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from unittest import SkipTest
 from tests.rig.guest import Guest
 from tests.rig.qemus import Qemu
 
-__all__ = ["NOBODY", "by", "for_everybody", "ordinary"]
+__all__ = ["NOBODY", "by", "for_everybody", "locking", "ordinary"]
+
+#: setpriv's options for sets of capabilities that are handed on.
+_CAPABILITIES = ("inh-caps", "bounding-set")
 
 #: The user ``nobody``, who has no other processes.
 NOBODY = 65534
@@ -26,15 +29,33 @@ def ordinary(qemu: Qemu, *, memlock: int | None = None, before: tuple[str, ...] 
     :param before: what is run as root before that user is taken on, a prefix.
     :raises SkipTest: the tests are not run as root.
     """
-    if os.getuid() or not shutil.which("setpriv") or not shutil.which("prlimit"):
-        raise SkipTest("only root can start another user's QEMU, with setpriv and prlimit")
+    _require_root()
     prefix = list(before)
     if memlock is not None:
-        prefix += ["prlimit", f"--memlock={memlock}:{memlock}"]
+        prefix += _limit(memlock)
     prefix += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     prefix += [f"--{kind}=-all,+dac_read_search" for kind in ("inh-caps", "ambient-caps")]
     prefix += ["--bounding-set=-all,+dac_read_search"]
     return by(qemu, *prefix)
+
+
+def locking(memlock: int) -> tuple[str, ...]:
+    """Return what starts a process of root's for which the limit of locked memory counts.
+
+    :param memlock: bytes.
+    :raises SkipTest: the tests are not run as root.
+    """
+    _require_root()
+    return (*_limit(memlock), "setpriv", *(f"--{kind}=-ipc_lock" for kind in _CAPABILITIES))
+
+
+def _require_root() -> None:
+    if os.getuid() or not shutil.which("setpriv") or not shutil.which("prlimit"):
+        raise SkipTest("only root can start what may do less, with setpriv and prlimit")
+
+
+def _limit(memlock: int) -> tuple[str, ...]:
+    return "prlimit", f"--memlock={memlock}:{memlock}"
 
 
 def by(qemu: Qemu, *prefix: str) -> Qemu:
