@@ -175,8 +175,9 @@ class FaultTests(MemoryMoves):
         migration = self.slow()
         pid = int(self.destination.clock()["here"].partition(":")[2])
         os.kill(pid, signal.SIGKILL)
-        self.assertEqual("failed", self.ended(self.here, migration)["status"])
-        self.ended(self.there, migration)
+        said = [self.ended(daemon, migration) for daemon in (self.here, self.there)]
+        self.assertEqual(["failed", "failed"], [entry["status"] for entry in said])
+        self.assertNotIn("QEMU", json.dumps(said))  # of which there is none
         self.stayed()
         self.again()
 
@@ -199,7 +200,9 @@ class LifeTests(MemoryMoves):
         self.two()
         path = os.path.join(self.here.directory, "saved")
         done = self.here.execute("save", guest="vm", file=path, after="quit")
-        self.assertEqual("completed", self.ended(self.here, done["id"])["status"])
+        said = self.ended(self.here, done["id"])
+        self.assertEqual("completed", said["status"])
+        self.assertNotIn("QEMU", json.dumps(said))
         qmigctl = Path(sys.executable).with_name("qmigctl")
         shown = json.loads(subprocess.check_output([qmigctl, "inspect", "--json", path]))
         self.assertEqual("qmigd-memory-1", shown["machine"])

@@ -27,7 +27,7 @@ __all__ = ["Choice", "choose"]
 _WHY = {
     HANDOVER: "one channel: the socket is handed to the guest, and no byte passes through qmigd",
     DIRECT: "the guest's processes connect to each other, with all their channels",
-    RELAY: "each process speaks to its own qmigd, which carries every channel through one port",
+    RELAY: "each side speaks to its own qmigd, which carries every channel through one port",
 }
 
 
