@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Landing"]
 
-#: Seconds between two looks for the source's signal.
-_LOOK = 0.0002
 #: Seconds that it may be behind the stream, which the source goes on with after it.
 _BEHIND = 30.0
 
@@ -82,23 +80,33 @@ class Landing:
 
         :raises Lost: it does not get there.
         """
-        end = time.monotonic() + _BEHIND
-        while not self._signaled():
-            if time.monotonic() > end:
-                raise Lost(f"what was sent by RDMA is not there after {_BEHIND:g} s")
-            time.sleep(_LOOK)
+        # The source asks for nothing before it has the answer to this, and so needs no lock.
+        with self._lock:
+            link = self._check()
+            if link is None:
+                raise Lost("the source has written something before there is a queue pair")
+            if not self._signals:
+                end = time.monotonic() + _BEHIND
+                _, self._signals = link.wait(self._channel.sock, _BEHIND)
+                if not self._signals:
+                    self._check()
+                    if time.monotonic() < end:
+                        raise Lost("the source went away before all that it sent by RDMA was there")
+                    raise Lost(f"what was sent by RDMA is not there after {_BEHIND:g} s")
+            self._signals -= 1
         self._rounds += 1
         self._say(Message(Kind.ROUND, self._rounds))
 
     def close(self) -> None:
         """The source writes no more from here on."""
+        self._closed = True
+        # Whoever waits for the device has the lock until it sees that.
+        self._channel.shut()
         with self._lock:
-            self._closed = True
             if self._link is not None:
                 self._link.close()
                 self._link = None
                 self._ram.unpin()
-        self._channel.shut()
 
     def _say(self, message: Message) -> None:
         with self._saying:
@@ -135,15 +143,3 @@ class Landing:
         if self._closed:
             raise Lost("it is over")
         return self._link
-
-    def _signaled(self) -> bool:
-        """Whether the source's next signal has come."""
-        with self._lock:
-            link = self._check()
-            if link is None:
-                return False
-            self._signals += link.poll()[1]
-            if not self._signals:
-                return False
-            self._signals -= 1
-            return True

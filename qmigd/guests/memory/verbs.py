@@ -17,7 +17,11 @@ import importlib.util
 import ipaddress
 import os
 import secrets
+import select
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -49,6 +53,14 @@ _HOPS = 64
 
 #: Bytes that are locked besides the RAM: the queues.
 _QUEUES = 1 << 20
+
+#: Where this process's descriptors are, and what the kernel calls those of completion channels
+#: and of devices' own events (drivers/infiniband/core/uverbs_std_types.c).
+_DESCRIPTORS = "/proc/self/fd"
+_EVENTS = "anon_inode:[infinibandevent]"
+
+#: For as long as something is being opened that may have such a descriptor.
+_opening = threading.Lock()
 
 #: What the statuses of requests mean (enum ibv_wc_status); others are rarer.
 _FAILURES = {
@@ -117,7 +129,8 @@ def usable(size: int) -> Answer:
         return No(str(error))
     for device in devices:
         try:
-            verbs.device.Context(name=device).close()
+            with _opening:
+                verbs.device.Context(name=device).close()
         except verbs.pyverbs_error.PyverbsError as error:
             return No(f"it cannot open the RDMA device {device}: {error}")
     seen = process.look(os.getpid(), os.getpid())
@@ -128,6 +141,17 @@ def usable(size: int) -> Answer:
             " raise it with 'ulimit -l', or LimitMEMLOCK= in a systemd unit, before it is started"
         )
     return Yes()
+
+
+def _event_descriptors() -> set[int]:
+    """Return this process's descriptors that devices' events come from."""
+    found = set()
+    for name in os.listdir(_DESCRIPTORS):
+        # That of the listing itself is closed by now.
+        with contextlib.suppress(OSError):
+            if os.readlink(os.path.join(_DESCRIPTORS, name)) == _EVENTS:
+                found.add(int(name))
+    return found
 
 
 class Link:
@@ -150,8 +174,9 @@ class Link:
         self._port = port
         self._open: list[Any] = []  # in the order in which it was made
         self._pair: Any = None
+        self._armed = False  # the next completion makes an event
         try:
-            with self._told(f"the RDMA device {port.device} cannot be used"):
+            with _opening, self._told(f"the RDMA device {port.device} cannot be used"):
                 self._set_up()
         except GuestError:
             self.close()
@@ -161,7 +186,17 @@ class Link:
         verbs, enums = self._verbs, self._verbs.enums
         context = self._keep(verbs.device.Context(name=self._port.device))
         self._domain = self._keep(verbs.pd.PD(context))
-        self._queue = self._keep(verbs.cq.CQ(context, DEPTH + 2 * _SIGNALS))
+        others = _event_descriptors()
+        self._events = self._keep(verbs.cq.CompChannel(context))
+        # pyverbs keeps the descriptor to itself, and has the interpreter's lock while it waits.
+        found = _event_descriptors() - others
+        if len(found) != 1:
+            raise GuestError(
+                f"the RDMA device {self._port.device} cannot be used: {_DESCRIPTORS} does not show"
+                " the completion channel's descriptor"
+            )
+        (self._descriptor,) = found
+        self._queue = self._keep(verbs.cq.CQ(context, DEPTH + 2 * _SIGNALS, None, self._events, 0))
         room = verbs.qp.QPCap(DEPTH + _SIGNALS, _SIGNALS, 1, 1, 0)
         start = verbs.qp.QPInitAttr(enums.IBV_QPT_RC, scq=self._queue, rcq=self._queue, cap=room)
         self._attributes = verbs.qp.QPAttr()
@@ -234,7 +269,7 @@ class Link:
     def write(self, pieces: Sequence[Piece], mark: int) -> None:
         """Write to the other side; no more than :data:`DEPTH` pieces are to be under way.
 
-        :param mark: what :meth:`poll` returns when all of them have been written.
+        :param mark: what :meth:`wait` returns when all of them have been written.
         :raises Lost: the queue pair is broken.
         """
         wr, enums = self._verbs.wr, self._verbs.enums
@@ -262,11 +297,39 @@ class Link:
             flags = enums.IBV_SEND_SIGNALED
             self._pair.post_send(wr.SendWR(mark, enums.IBV_WR_SEND, 1, 0, [self._byte], flags))
 
-    def poll(self) -> tuple[list[int], int]:
-        """Return the marks of what is done, and how many signals have come.
+    def wait(
+        self, connection: socket.socket, seconds: float | None = None
+    ) -> tuple[list[int], int]:
+        """Wait for the device; returns the marks of what is done, and how many signals came.
 
+        There are none of either only where the connection has ended, or the time is over.
+
+        :param connection: ends the wait when either side shuts it down.
         :raises Lost: something failed, and with it everything after it.
         """
+        end = None if seconds is None else time.monotonic() + seconds
+        poller = select.poll()
+        poller.register(self._descriptor, select.POLLIN)
+        poller.register(connection, select.POLLRDHUP)
+        while not any(found := self._poll()):
+            if not self._armed:
+                # What is done before this makes no event, and is looked for once more.
+                with self._broken():
+                    self._queue.req_notify()
+                self._armed = True
+                continue
+            left = None if end is None else max(0.0, end - time.monotonic()) * 1000
+            ready = [descriptor for descriptor, _ in poller.poll(left)]
+            if self._descriptor in ready:
+                with self._broken():
+                    self._events.get_cq_event(self._queue)
+                self._queue.ack_events(1)
+                self._armed = False
+            else:
+                return self._poll()
+        return found
+
+    def _poll(self) -> tuple[list[int], int]:
         done, came = [], 0
         with self._broken():
             _, found = self._queue.poll(DEPTH)

@@ -39,8 +39,6 @@ __all__ = ["RdmaSender"]
 
 #: Requests that are posted together; as many again may be under way.
 _TOGETHER = DEPTH // 2
-#: Seconds between two looks at what is done.
-_LOOK = 0.0002
 #: Seconds that an answer may take: the destination may still have to load what came before.
 _ANSWER = 30.0
 
@@ -195,11 +193,12 @@ class RdmaSender:
         :raises Lost: one has failed.
         """
         while self._under_way and sum(count for _, count in self._under_way) > left:
-            done, _ = self._link.poll()
+            done, came = self._link.wait(self._channel.sock)
             for mark in done:
                 # They are done in order.
                 while self._under_way and self._under_way[0][0] <= mark:
                     self._under_way.popleft()
-            if not done:
+            if not done and not came:
+                # The connection has ended: by who ends the migration here, or by the destination.
                 self._check()
-                time.sleep(_LOOK)
+                self._hear(Kind.FAILED)
