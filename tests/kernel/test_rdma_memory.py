@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -14,6 +15,7 @@ from tests.rig.daemons import Daemon
 from tests.rig.memory import MemoryGuest, moved_whole
 from tests.rig.news import ask_until
 from tests.rig.pair import ENDED, NAME, choice
+from tests.rig.users import locking
 
 #: Some pages of zero bytes, others beside them, and a workload that changes one into the other.
 _GUEST = ("-m", "8M", "-dirty-rate", "1M", "-pattern", "random")
@@ -36,8 +38,8 @@ class MemoryTests(RdmaCase):
         except ImportError as error:
             raise SkipTest(f"a memory guest has no RDMA here: {error}") from None
 
-    def start(self, name: str, *argv: str) -> MemoryGuest:
-        guest = MemoryGuest(name, (*_GUEST, *argv), preloaded=True)
+    def start(self, name: str, *argv: str, before: Sequence[str] = ()) -> MemoryGuest:
+        guest = MemoryGuest(name, (*_GUEST, *argv), before=before, preloaded=True)
         self.addCleanup(guest.close)
         return guest.start()
 
@@ -91,6 +93,20 @@ class MemoryTests(RdmaCase):
             self.assertEqual(source.ram()[:_HALF], destination.ram()[:_HALF])
             self.assertEqual([0, 0], [_pinned(one) for one in (source, destination)])
             source = destination
+
+    def test_locked_memory(self) -> None:
+        """The limit that is asked for is enough to pin it all; with less there is no RDMA."""
+        poor = self.start("poor", before=locking(8 << 20))
+        here, _ = self.daemons()
+        here.execute("guest-add", name=NAME, qmp=f"unix:{poor.qmp_path}")
+        features = here.execute("query-features", guest=NAME)["features"]
+        (reason,) = [one["reason"] for one in features if one["name"] == "rdma"]
+        self.assertIn("its locked-memory limit is 8 MiB, and 9 MiB are needed", reason)
+        poor.close()
+        source = self.start("here", before=locking(9 << 20))
+        destination = self.begin(source, "rdma-pin-all")
+        self.assertIn("rdma-pin-all", self.ended("completed")["plan"]["features"])
+        moved_whole(source, destination)
 
     def test_disturbed(self) -> None:
         """After a cancel, and when the link is cut, it goes on where it is."""
