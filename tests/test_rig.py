@@ -227,6 +227,25 @@ class KeeperTests(SynchronousTestCase):
         self.assertFalse(os.path.exists(directory))
 
 
+class PortTests(SynchronousTestCase):
+    def test_two_processes(self) -> None:
+        """Two processes that use the rig at the same time never get the same port."""
+        script = (
+            "from tests.rig.daemons import free_ports\n"
+            "print(*[port for _ in range(300) for port in free_ports(9)])\n"
+        )
+        ours = {port for _ in range(300) for port in free_ports(9)}
+        other = subprocess.run(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            check=True,
+            cwd=Path(__file__).parents[1],
+        )
+        theirs = set(map(int, other.stdout.split()))
+        self.assertGreater(len(theirs), 9)
+        self.assertEqual(ours & theirs, set())
+
+
 class DebianTests(SynchronousTestCase):
     def test_outage(self) -> None:
         """When the package source does not answer, the reason says so."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from tests.rig.netns import Namespace
@@ -20,7 +21,11 @@ from tests.rig.qmp import Lost, QmpClient
 
 __all__ = ["Daemon", "DaemonDied", "free_ports", "to_toml"]
 
-_handed_out: set[int] = set()
+#: Where the ports of a process begin: there are so many in each.
+_REGIONS = range(10000, 32000, 1000)
+
+_left: list[int] = []
+_claims: list[socket.socket] = []
 
 _PORT = 16516  # in a namespace all are free
 _DIRECT_PORTS = 8
@@ -33,15 +38,33 @@ class DaemonDied(Exception):
 def free_ports(count: int = 1) -> range:
     """Return that many consecutive TCP ports of 127.0.0.1 on which nobody listens.
 
-    They are below those that the kernel hands out by itself, and no two calls of
-    this process get the same one.
+    They are below those that the kernel hands out by itself.  No other process that uses the rig
+    gets them meanwhile; this one gets them again after hundreds of others.
     """
-    for _ in range(1000):
-        ports = range(start := random.randrange(10000, 32000), start + count)
-        if _handed_out.isdisjoint(ports) and all(map(_is_free, ports)):
-            _handed_out.update(ports)
+    region = _region()
+    for _ in region:
+        if len(_left) < count:
+            _left[:] = region
+        ports = range(_left[0], _left[0] + count)
+        del _left[:count]
+        if all(map(_is_free, ports)):
             return ports
     raise OSError(f"There are no {count} free ports.")
+
+
+@cache
+def _region() -> range:
+    """Claim ports for this process: each has a name that only one socket can have at a time."""
+    for start in random.sample(_REGIONS, len(_REGIONS)):
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0qmigd-ports-{start}")
+        except OSError:
+            claim.close()
+        else:
+            _claims.append(claim)
+            return range(start, start + _REGIONS.step)
+    raise OSError(f"{len(_REGIONS)} processes that use the rig have all ports.")
 
 
 def _is_free(port: int) -> bool:
