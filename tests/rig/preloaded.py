@@ -79,8 +79,14 @@ def _ask(question: Mapping[str, Any], descriptors: Sequence[int] = ()) -> dict[s
     with _lock:
         if _link is None:
             _link = _start()
-        socket.send_fds(_link, [json.dumps(question).encode()], descriptors)
-        answer: dict[str, Any] = json.loads(_link.recv(_QUESTION))
+        try:
+            socket.send_fds(_link, [json.dumps(question).encode()], descriptors)
+            answer: dict[str, Any] = json.loads(_link.recv(_QUESTION))
+        except BaseException:
+            # What it answers after all would be taken for the answer to the next question.
+            _link.close()
+            _link = None
+            raise
         return answer
 
 
