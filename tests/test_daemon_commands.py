@@ -280,7 +280,7 @@ class HangingQemuTests(PairCase):
     """A QEMU that has stopped answering ends a move in an error, not in a wait for ever."""
 
     def hanging(self, who: str) -> Pair:
-        deadlines = {"guest_deadline": 1.0, "peer_deadline": 2.0}
+        deadlines = {"guest_deadline": 1.0, "peer_deadline": 1.0}
         pair = self.pair("7.2", here=deadlines, there=deadlines).start()
         self.victim = pair.destination if who == "destination" else pair.source
         return pair

@@ -30,7 +30,7 @@ _CRAWL = {"max-postcopy-bandwidth": 1 << 12}
 #: Of which three make up the time that a stream may stand still.
 _SHORT = {"peer_deadline": 1.0, "guest_deadline": 1.0}
 
-_DEADLINES = {"peer_deadline": 2.0, "guest_deadline": 1.0, "handshake_deadline": 2.0}
+_DEADLINES = {**_SHORT, "handshake_deadline": 2.0}
 
 
 def _remaining(source: Guest) -> int:

@@ -176,12 +176,13 @@ class InstallTests(SynchronousTestCase):
 
     def test_wheel(self) -> None:
         """A wheel, built from the source distribution, does the same."""
-        self.environment.install(self.build())
+        wheel = self.build()
+        self.check_contents(set(zipfile.ZipFile(wheel).namelist()))
+        self.environment.install(wheel)
         self.check()
 
-    def test_contents(self) -> None:
-        """The wheel has all of qmigd, and nothing of Twisted's but the plugin."""
-        names = set(zipfile.ZipFile(self.build()).namelist())
+    def check_contents(self, names: set[str]) -> None:
+        """Check that a wheel has all of qmigd, and nothing of Twisted's but the plugin."""
         ours = {
             path.relative_to(_ROOT).as_posix()
             for path in (_ROOT / "qmigd").rglob("*")
