@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 TESTS ?= tests
+TRIALS ?= 1
 SECONDS ?= 600
 
 VENV := .venv
@@ -17,7 +18,8 @@ HOST := tests/rig/host.sh
 help:
 	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how;"
 	@echo "            GUEST=memory moves qmigd's own guest, which takes no QEMU"
-	@echo "make test   run all tests; TESTS=tests.test_rig for some of them"
+	@echo "make test   run all tests; TESTS=tests.test_rig for some of them;"
+	@echo "            TRIALS=2 for all of them in two processes at once, in less time"
 	@echo "make test-kernel  only those that boot a kernel with everything; KERNEL=bookworm-backports,"
 	@echo "            or any other suite of Debian's, chooses which (now: $(or $(KERNEL),bookworm))"
 	@echo "make lint   check style (ruff) and types (mypy)"
@@ -34,7 +36,11 @@ demo: setup
 	@$(BIN)/python -m tests.demo $(if $(GUEST),--guest $(GUEST))
 
 test: kernel
+ifeq ($(TESTS)$(TRIALS),tests2)
+	@$(BIN)/python -m tests.rig.trials
+else
 	@$(BIN)/trial --temp-directory=build/trial $(TESTS)
+endif
 
 test-kernel: kernel
 	@$(BIN)/trial --temp-directory=build/trial tests.kernel

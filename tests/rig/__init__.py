@@ -22,6 +22,7 @@
 ``initramfs``    what that kernel starts with
 ``inside``       what runs the tests in there
 ``rdma``         an RDMA device in there
+``trials``       runs all tests, in two trials at once
 ``host.sh``      installs the programs that the host lacks
 ===============  ==============================================================
 
