@@ -27,7 +27,7 @@ from qmigd.guests.memory.gathering import Gathering
 from qmigd.guests.memory.machine import Machine
 from qmigd.guests.memory.options import MemoryOptions, from_table, parse
 from qmigd.guests.memory.ram import PAGE, Ram, runs
-from qmigd.guests.memory.vector import Vector, behind
+from qmigd.guests.memory.vector import Records, behind, packets, send
 from qmigd.stream.multifd import Packer
 
 _PATTERNS = st.builds(
@@ -193,9 +193,18 @@ class GatheringTests(SynchronousTestCase):
                 ours.send(packer.pages(1, "ram", places, [data], np.array([5, 200]) * PAGE))
             ours.send([packer.sync(2)])
             gathering.meet()
+            # Another pass, with a packet that is full, bit by bit.
+            places = np.arange(120, 248) * PAGE
+            packet = packer.pages(3, "ram", places, [b"\x08" * 128 * PAGE])
+            whole = b"".join([*packet, packer.sync(4)])
+            for at in range(0, len(whole), 70001):
+                ours.send([whole[at : at + 70001]])
+            gathering.meet()
+            self.assertEqual({8}, set(machine.ram.host[120:248].reshape(-1).tolist()))
             filled = [2, 3, 4, 7, 8, *range(10, 110, 5)]
-            self.assertEqual(sorted({*filled, 5, 200}), np.flatnonzero(received).tolist())
-            for value, pages in ((9, filled), (0, [5, 200]), (1, [6, 9, 201])):
+            known = sorted({*filled, 5, *range(120, 248)})
+            self.assertEqual(known, np.flatnonzero(received).tolist())
+            for value, pages in ((9, filled), (0, [5]), (1, [6, 9, 251])):
                 self.assertEqual({value}, set(machine.ram.host[pages].reshape(-1).tolist()))
 
 
@@ -211,9 +220,10 @@ class VectorTests(RamCase):
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-            places, vector = np.array(pages, np.int64) * PAGE, Vector()
-            count = vector.send(ours, heads, self.ram.host.ctypes.data, places)
-            left = behind(vector.buffers(len(pages)), min(sent, count))
+            places, records = np.array(pages, np.int64) * PAGE, Records()
+            vector = records.vector(heads, self.ram.host.ctypes.data, places)
+            count = send(ours, vector)
+            left = behind(vector, min(sent, count))
             ours.close()
             received = bytearray()
             while data := theirs.recv(1 << 20):
@@ -222,6 +232,21 @@ class VectorTests(RamCase):
         self.assertEqual(len(wanted), count)
         rest = b"".join(ctypes.string_at(int(at), int(size)) for at, size in left)
         self.assertEqual(wanted[sent:], rest)
+
+    @given(st.lists(st.integers(0, 63), min_size=1, max_size=20), st.integers(1, 6))
+    def test_packets(self, pages: list[int], room: int) -> None:
+        """Each packet's pages are behind its head."""
+        self.ram.host[:] = np.arange(64, dtype=np.uint8)[:, None]
+        parts = [pages[at : at + room] for at in range(0, len(pages), room)]
+        heads = np.arange(100, 100 + 8 * len(parts), dtype=np.uint8).reshape(len(parts), 8)
+        places = np.array(pages, np.int64) * PAGE
+        vector, at = packets(heads, room, self.ram.host.ctypes.data, places)
+        found = [ctypes.string_at(int(where), int(size)) for where, size in vector]
+        ends = [*at[1:].tolist(), len(vector)]
+        for some, head, first, end in zip(parts, heads, at.tolist(), ends, strict=True):
+            self.assertEqual(head.tobytes(), found[first])
+            wanted = b"".join(bytes([page]) * PAGE for page in some)
+            self.assertEqual(wanted, b"".join(found[first + 1 : end]))
 
 
 class IncomingTests(SynchronousTestCase):

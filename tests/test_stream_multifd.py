@@ -35,12 +35,14 @@ from qmigd.stream.multifd import (
     Decompressor,
     DevicePacket,
     DeviceState,
+    FullPackets,
     Initial,
     Packer,
     PageData,
     PagePacket,
     Unpacker,
     packet_size,
+    page_packet_size,
     read_initial,
     read_packet,
     runs,
@@ -246,6 +248,39 @@ class PacketTests(SynchronousTestCase):
             packer.pages(0, "pc.ram", [0], [bytes(PAGE - 1)])
         with self.assertRaisesRegex(ValueError, "1 to 255"):
             packer.pages(0, "x" * 256, [0], [bytes(PAGE)])
+
+    @given(st.lists(st.integers(0, 63), max_size=3 * ROOM))
+    def test_heads(self, pages: list[int]) -> None:
+        """Packets in a row are those that one makes one by one."""
+        packer = Packer(page_size=PAGE)
+        heads = packer.heads(7, "pc.ram", np.array(pages, np.int64) * PAGE)
+        wanted = []
+        for at in range(0, len(pages), ROOM):
+            some = pages[at : at + ROOM]
+            data = [bytes(PAGE)] * len(some)
+            places = [n * PAGE for n in some]
+            wanted.append(packer.pages(7 + at // ROOM, "pc.ram", places, data)[0])
+        self.assertEqual(b"".join(wanted), heads.tobytes())
+
+    def test_heads_of_compressed_pages(self) -> None:
+        """How long their packets are is known only when they are compressed."""
+        with self.assertRaisesRegex(ValueError, "compressed"):
+            Packer(page_size=PAGE, compression="zlib").heads(0, "pc.ram", [0])
+
+    @given(st.integers(0, 64), st.integers(0, 2**64 - 1), st.data())
+    def test_full(self, first: int, number: int, data: Any) -> None:
+        """A packet of neighbours is known, and nothing else is taken for one."""
+        packet = bytearray(page_packet_size(PAGE))
+        full = FullPackets(packet, PAGE, "pc.ram", BLOCKS["pc.ram"])
+        places = np.arange(first, first + ROOM) * PAGE
+        packet[:] = Packer(page_size=PAGE).heads(0, "pc.ram", places).tobytes()
+        struct.pack_into(">Q", packet, 24, number)
+        self.assertEqual(first * PAGE if first <= 64 - ROOM else None, full.first())
+        at = data.draw(st.one_of(st.integers(0, 23), st.integers(32, len(packet) - 1)))
+        packet[at] ^= 1 << data.draw(st.integers(0, 7))
+        self.assertIsNone(full.first())
+        packet[:] = Packer(page_size=PAGE).heads(0, "pc.ram", places[:-1]).tobytes()
+        self.assertIsNone(full.first())
 
     @settings(deadline=None)
     @given(st.lists(st.integers(0, 15), max_size=30))

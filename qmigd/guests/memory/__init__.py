@@ -23,13 +23,15 @@ module           what it has
 ``passes``       its precopy
 ``answers``      what the destination says to it
 ``sending``      its pages over the main channel
-``spreading``    its multifd channels, and zero copy
+``spreading``    its multifd channels
+``uncopied``     zero copy in these
 ``writing``      its pages by RDMA
 ``switching``    its postcopy
 ``throttle``     auto-converge
 ``incoming``     the destination's side: the connections
 ``receiving``    what comes over the main channel, and over that of preempt
 ``gathering``    its multifd channels
+``inlets``       threads that serve these
 ``landing``      its RDMA
 ``faults``       its postcopy
 ``roce``         which RDMA device serves an address

@@ -16,12 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qmigd.errors import ArgumentError
-from qmigd.guests.memory.ram import Pages
-from qmigd.guests.memory.vector import Vector
+from qmigd.guests.memory.vector import IOV_MAX, Vector, send
 from qmigd.transports.mptcp import IPPROTO_MPTCP
 from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress, parse_uri
 
@@ -30,8 +26,6 @@ __all__ = ["Channel", "Lost", "Pace", "Rate", "by_rdma", "check", "connect", "li
 #: What a URI begins with where pages go by RDMA and all else over TCP.
 _RDMA = "rdma:"
 
-#: Buffers in one sendmsg() (IOV_MAX).
-_VECTOR = 1024
 #: Bytes of a socket's buffers, where the kernel does not grow them by itself.
 _BUFFER = 1 << 20
 _INET = (socket.AF_INET, socket.AF_INET6)
@@ -148,17 +142,17 @@ class Channel:
         :raises Lost: the connection broke.
         """
         before = self.sent
-        for at in range(0, len(buffers), _VECTOR):
-            self._send(buffers[at : at + _VECTOR])
+        for at in range(0, len(buffers), IOV_MAX):
+            self._send(buffers[at : at + IOV_MAX])
         return self.sent - before
 
-    def send_pages(self, vector: Vector, heads: NDArray[np.uint64], ram: int, places: Pages) -> int:
-        """Send pages out of RAM (:meth:`Vector.send`), and return how many bytes they were.
+    def send_vector(self, vector: Vector) -> int:
+        """Send buffers that are given as an array, and return how many bytes they were.
 
         :raises Lost: the connection broke.
         """
         try:
-            count = vector.send(self.sock, heads, ram, places)
+            count = send(self.sock, vector)
         except OSError as error:
             raise Lost(error.strerror or str(error)) from None
         self.sent += count
@@ -241,6 +235,32 @@ class Channel:
             raise Lost(error.strerror or str(error)) from None
         return True
 
+    def fill(self, left: list[memoryview]) -> int:
+        """Fill buffers with what there is, take out those that are full, and return how many bytes
+        that was.
+
+        :raises Lost: the connection broke, or ended.
+        """
+        try:
+            count = taken = self.sock.recvmsg_into(left, 0, socket.MSG_DONTWAIT)[0]
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise Lost(error.strerror or str(error)) from None
+        if not count:
+            raise Lost("it ended before the stream did")
+        self.received += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if count:
+            left[0] = left[0][count:]
+        return taken
+
+    def expect(self, count: int) -> None:
+        """Have poll() say that something has come only when it is so many bytes, or the end."""
+        if self._patient:
+            self._wait_for(count)
+
     def take(self, count: int) -> bytes:
         """Return so many bytes; none at the end.
 
@@ -249,8 +269,9 @@ class Channel:
         data = bytearray(count)
         return bytes(data) if not count or self.receive(memoryview(data)) else b""
 
-    def give_way(self) -> None:
-        """Keep little of what is sent in the network's queues, where other channels' pages wait.
+    def keep_short(self) -> None:
+        """Keep little of what is sent in the network's queues: there other channels' pages wait,
+        and what comes out of them is no longer in the CPU's cache.
 
         Where the path is short; on a long one that would take bandwidth away.
         """

@@ -32,7 +32,7 @@ from qmigd.guests.memory.dirty import Tracker, track
 from qmigd.guests.memory.passes import Passes
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.ram import PAGE
-from qmigd.guests.memory.sending import BATCH, RAM_SECTION, MainSender, Sender
+from qmigd.guests.memory.sending import RAM_SECTION, MainSender, Sender
 from qmigd.guests.memory.spreading import MultifdSender
 from qmigd.guests.memory.switching import Following, discards
 from qmigd.guests.memory.writing import RdmaSender
@@ -304,9 +304,11 @@ class Outgoing:
         before = progress.transferred
         sender.last()
         dirty = np.flatnonzero(left)
-        for at in range(0, len(dirty), BATCH):
+        while len(dirty):
             self._check()
-            pages.send(dirty[at : at + BATCH], None)
+            count = pages.batch(len(dirty))
+            pages.send(dirty[:count], None)
+            dirty = dirty[count:]
         pages.sync()
         parts = [*sender.enter(), END_OF_SECTION, writer.section_end(RAM_SECTION)]
         parts += [*self._device(state), writer.end()]
@@ -329,7 +331,7 @@ class Outgoing:
         sender.leave()
         progress.remaining = int(np.count_nonzero(left)) * PAGE
         if preempt is not None:
-            main.give_way()
+            main.keep_short()
             preempt.hurry()
         following = Following(ram, sender, preempt, left, progress)
         self._following = following

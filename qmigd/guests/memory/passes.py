@@ -18,7 +18,7 @@ from qmigd.guests.memory.channels import Rate
 from qmigd.guests.memory.dirty import Tracker
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.ram import PAGE, Pages
-from qmigd.guests.memory.sending import BATCH, Sender
+from qmigd.guests.memory.sending import Sender
 from qmigd.guests.memory.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ class Passes:
                 return
             limit = int(self._machine.settings["max-bandwidth"])
             # Of a low bandwidth no more than for a moment, so that it can be changed.
-            count = BATCH if not limit else max(1, min(BATCH, limit // 50 // PAGE))
+            count = self._sender.batch(len(pages) - at)
+            if limit:
+                count = max(1, min(count, limit // 50 // PAGE))
             batch = pages[at : at + count]
             self._sender.send(batch, present)
             left[batch] = False

@@ -184,9 +184,10 @@ def runs(pages: Pages) -> list[tuple[int, int]]:
     """Return sorted numbers of pages as runs: first, and end."""
     if not len(pages):
         return []
-    breaks = np.flatnonzero(pages[1:] != pages[:-1] + 1)
-    if not len(breaks):
+    broken = (pages[1:] - pages[:-1]) != 1
+    if not np.count_nonzero(broken):
         return [(int(pages[0]), int(pages[-1]) + 1)]
+    breaks = np.flatnonzero(broken)
     firsts = pages[np.concatenate(([0], breaks + 1))]
     lasts = pages[np.concatenate((breaks, [len(pages) - 1]))]
     return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))

@@ -16,17 +16,14 @@ from numpy.typing import NDArray
 from qmigd.guests.memory.channels import Channel, Pace, Rate
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.ram import PAGE, Pages, Ram
-from qmigd.guests.memory.vector import MOST, Vector
+from qmigd.guests.memory.vector import Records
 from qmigd.stream.format import SectionType
 from qmigd.stream.pages import zero_pages
 from qmigd.stream.records import END_OF_SECTION, RamWriter
 from qmigd.stream.writer import section_end, section_start
 
-__all__ = ["BATCH", "RAM_SECTION", "MainSender", "Sender", "split_zeros"]
+__all__ = ["RAM_SECTION", "MainSender", "Sender", "split_zeros"]
 
-#: Pages that are looked at and handed on at once at the most: what Python does for each such
-#: batch is to take little time beside the sending of its pages.
-BATCH = MOST
 #: Pages in one section of RAM; between two of them a command can stand.
 _SECTION = 4096
 #: The section's id.
@@ -61,6 +58,11 @@ def split_zeros(
 class Sender(Protocol):
     """What sends pages in precopy."""
 
+    def batch(self, left: int) -> int:
+        """Return how many pages :meth:`send` is best given, where so many are left in this pass:
+        what Python does for a batch is to take little time beside the sending of its pages.
+        """
+
     def send(self, pages: Pages, present: NDArray[np.bool_] | None) -> None:
         """Send a batch; they may still be on their way when this returns."""
 
@@ -91,7 +93,7 @@ class MainSender:
         self._pace = pace
         self._interrupted = interrupted
         self._records = RamWriter(PAGE)
-        self._vector = Vector()
+        self._vector = Records()
         self._kind = SectionType.PART
         self._open = 0  # pages in the section that is open
         self._inside = False
@@ -101,6 +103,9 @@ class MainSender:
         """What comes from here on is the END of the section."""
         self.leave()
         self._kind = SectionType.END
+
+    def batch(self, left: int) -> int:
+        return Records.MOST
 
     def send(self, pages: Pages, present: NDArray[np.bool_] | None) -> None:
         self._pace.wait(self._interrupted)
@@ -125,7 +130,7 @@ class MainSender:
             count += self._channel.send(parts)
         if len(places):
             ram = self._ram.host.ctypes.data
-            count += self._channel.send_pages(self._vector, heads, ram, places)
+            count += self._channel.send_vector(self._vector.vector(heads, ram, places))
         self.rate.sent(count, time.monotonic() - then)
         self._pace.spend(count)
         progress = self._progress

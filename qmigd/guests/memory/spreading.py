@@ -1,19 +1,21 @@
 """The source's multifd channels: pages over several connections, a thread each.
 
-With ``zero-copy-send`` the kernel sends the pages from where they are (MSG_ZEROCOPY) and says
-later that it is done with them.  A pass ends only when it is: what a page holds goes out as
-it is then, and if that was written after it was looked for, it is dirty and goes again.
+Pages that go as they are get their packets before, many at once, and the threads have nothing
+to do but to hand those to the kernel.  Pages that are compressed, or sent without a copy, get
+their packets in the threads.
+
+A pass ends only when all that it sent is gone, with ``zero-copy-send`` when the kernel is done
+with the pages too.
 """
 
 from __future__ import annotations
 
-import errno
 import queue
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,85 +24,34 @@ from qmigd.guests.memory.channels import Channel, Lost, Pace, Rate
 from qmigd.guests.memory.progress import Progress
 from qmigd.guests.memory.ram import PAGE, Pages, Ram
 from qmigd.guests.memory.sending import MainSender, split_zeros
-from qmigd.stream.multifd import Packer, runs
+from qmigd.guests.memory.uncopied import ZeroCopy
+from qmigd.guests.memory.vector import Vector, packets
+from qmigd.stream.multifd import PACKET_SIZE, Packer, runs
 from qmigd.stream.records import MULTIFD_FLUSH
-from qmigd.transports.zero_copy import MSG_ZEROCOPY, completions, enable
 
-__all__ = ["MultifdSender", "ZeroCopy"]
+__all__ = ["MultifdSender"]
 
-#: Batches that may wait for each channel, so that none has to wait for the next.
-_AHEAD = 1
-#: Milliseconds after which one looks whether the channel is still wanted.
-_LOOK = 1000
+#: Pages that packets are made for at once at the most: what Python does for them is to take
+#: little time beside the sending.
+_MANY = 8192
+#: The same where each channel makes its own.
+_SOME = 512
+#: Packets that a channel takes at once at the most.
+_TURN = 8
+#: Pages in a packet.
+_ROOM = PACKET_SIZE // PAGE
 
 
-class ZeroCopy:
-    """Sends on one channel without a copy, as far as the kernel goes along.
+class _Outlet(NamedTuple):
+    """A channel, and what its packets are made with."""
 
-    :ivar missed: sends that it copied all the same.
-    """
+    channel: Channel
+    packer: Packer
+    zero_copy: ZeroCopy | None
 
-    def __init__(self, channel: Channel) -> None:
-        """:raises OSError: this socket cannot do it."""
-        self._channel = channel
-        enable(channel.sock)
-        self._errors = select.poll()
-        self._errors.register(channel.sock, 0)
-        self._begun = 0
-        self._done = 0
-        self.missed = 0
 
-    def send(self, buffers: Sequence[Any]) -> None:
-        """Send them; they are in use until :meth:`settle`.
-
-        :raises Lost: the connection broke.
-        """
-        left = [memoryview(buffer).cast("B") for buffer in buffers]
-        sock = self._channel.sock
-        while left:
-            try:
-                count = sock.sendmsg(left, [], MSG_ZEROCOPY)
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise Lost(error.strerror or str(error)) from None
-                # So much is locked already that the limit is reached: wait, or copy.
-                if self._done < self._begun:
-                    self._reap()
-                    continue
-                self._channel.send(left)
-                self.missed += 1
-                return
-            self._channel.sent += count
-            self._begun += 1
-            while left and count >= len(left[0]):
-                count -= len(left.pop(0))
-            if count:
-                left[0] = left[0][count:]
-        self._reap(wait=False)
-
-    def settle(self) -> None:
-        """Return when the kernel is done with all of it.
-
-        :raises Lost: the connection broke.
-        """
-        while self._done < self._begun:
-            self._reap()
-
-    def _reap(self, *, wait: bool = True) -> None:
-        """Take what the kernel has completed off the socket's error queue."""
-        try:
-            found = completions(self._channel.sock)
-        except OSError as error:
-            raise Lost(error.strerror or str(error)) from None
-        if found is None and wait:
-            if self._channel.closed:
-                raise Lost("it was closed")
-            # Nothing but an error is waited for, and a completion is told as one.
-            if any(events & select.POLLHUP for _, events in self._errors.poll(_LOOK)):
-                raise Lost("it was shut down")
-        for low, high, copied in found or ():
-            self._done += ((high - low) & 0xFFFFFFFF) + 1
-            self.missed += copied
+#: Something to be sent through whichever channel is free; it returns the bytes.
+_Job: TypeAlias = Callable[[_Outlet], int]
 
 
 class MultifdSender:
@@ -123,59 +74,72 @@ class MultifdSender:
         self._progress = progress
         self._pace = pace
         self._interrupted = interrupted
-        self._queue: queue.Queue[tuple[Pages, NDArray[np.bool_] | None]] = queue.Queue(
-            _AHEAD * len(channels)
-        )
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._state = threading.Condition()
-        self._waiting = 0  # batches that are not sent yet
+        self._waiting = 0  # jobs that are not done yet
         self._numbers = 0
         self._failure: Lost | None = None
         self._begun = time.monotonic()
         self._sent = 0
         self.rate: Rate = main.rate
-        self._ends: list[queue.SimpleQueue[bool]] = []
-        self._channels = list(channels)
-        self._unsettled: list[ZeroCopy] = []
         self._over = False
         compression = settings["multifd-compression"]
+        copied = not settings.on("zero-copy-send")
+        self._plain = compression == "none" and copied
         level = settings["multifd-zlib-level"]
         if compression == "zstd":
             level = settings["multifd-zstd-level"]
-        for index, channel in enumerate(channels):
-            packer = Packer(page_size=PAGE, compression=compression, level=level)
-            zero_copy = ZeroCopy(channel) if settings.on("zero-copy-send") else None
-            if zero_copy is not None:
-                self._unsettled.append(zero_copy)
+        self._packer = Packer(page_size=PAGE)
+        self._outlets = [
+            _Outlet(
+                channel,
+                Packer(page_size=PAGE, compression=compression, level=level),
+                None if copied else ZeroCopy(channel),
+            )
+            for channel in channels
+        ]
+        for index, outlet in enumerate(self._outlets):
+            if self._plain:
+                outlet.channel.keep_short()
             threading.Thread(
-                target=self._run,
-                args=(channel, packer, zero_copy),
-                name=f"memory-multifd-{index}",
-                daemon=True,
+                target=self._run, args=(outlet,), name=f"memory-multifd-{index}", daemon=True
             ).start()
+
+    # -- what is to be sent
+
+    def batch(self, left: int) -> int:
+        if self._plain:
+            return _MANY
+        # The last ones go over all channels too.
+        return min(_SOME, max(_ROOM, left // len(self._outlets)))
 
     def send(self, pages: Pages, present: NDArray[np.bool_] | None) -> None:
         self._pace.wait(self._interrupted)
-        self._raise()
-        if not self._waiting:
-            self._begun, self._sent = time.monotonic(), 0
+        jobs: list[_Job] = [partial(self._pack, pages, present)]
+        if self._plain:
+            jobs = list(self._packets(*split_zeros(self._ram, pages, present)))
         with self._state:
-            self._waiting += 1
-        self._queue.put((pages, present))
+            # No more ahead than it takes for no channel to wait.
+            self._state.wait_for(lambda: self._waiting <= len(self._outlets) or self._failure)
+            self._raise()
+            if not self._waiting:
+                self._begun, self._sent = time.monotonic(), 0
+            self._waiting += len(jobs)
+        for job in jobs:
+            self._queue.put(job)
 
     def sync(self) -> None:
         """Wait for what is on its way, and tell the destination where this pass ends."""
         with self._state:
             self._state.wait_for(lambda: not self._waiting or self._failure)
         self._raise()
-        for zero_copy in self._unsettled:
-            zero_copy.settle()
+        for _, _, zero_copy in self._outlets:
+            if zero_copy is not None:
+                zero_copy.settle()
         self.rate.sent(self._sent, time.monotonic() - self._begun)
-        for channel in self._channels:
-            with self._counting:
-                self._numbers += 1
-                number = self._numbers
-            count = channel.send([Packer(page_size=PAGE).sync(number)])
+        for channel, packer, _ in self._outlets:
+            count = channel.send([packer.sync(self._number(1))])
             self._progress.transferred += count
         self._main_channel.send([*self._main.enter(), MULTIFD_FLUSH])
         self._main.leave()
@@ -183,45 +147,76 @@ class MultifdSender:
     def close(self) -> None:
         """End the threads; what is still on its way is of no use any more."""
         self._over = True
-        for _ in self._channels:
-            self._queue.put((np.empty(0, np.int64), None))
+        for _ in self._outlets:
+            self._queue.put(None)
+
+    def _number(self, count: int) -> int:
+        """Return the first one of so many numbers for packets."""
+        with self._counting:
+            first = self._numbers + 1
+            self._numbers += count
+        return first
 
     def _raise(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, channel: Channel, packer: Packer, zero_copy: ZeroCopy | None) -> None:
-        while True:
-            pages, present = self._queue.get()
-            if self._over:
-                return
+    # -- the threads
+
+    def _run(self, outlet: _Outlet) -> None:
+        while (job := self._queue.get()) is not None and not self._over:
             try:
                 if self._failure is None:
-                    self._packets(channel, packer, zero_copy, pages, present)
+                    count = job(outlet)
+                    self._pace.spend(count)
+                    with self._counting:
+                        self._sent += count
+                        self._progress.transferred += count
+                        self._progress.multifd_bytes += count
             except (Lost, OSError, ValueError) as error:
                 self._failure = error if isinstance(error, Lost) else Lost(str(error))
             with self._state:
                 self._waiting -= 1
                 self._state.notify_all()
 
-    def _packets(
-        self,
-        channel: Channel,
-        packer: Packer,
-        zero_copy: ZeroCopy | None,
-        pages: Pages,
-        present: NDArray[np.bool_] | None,
-    ) -> None:
-        """Send a batch."""
+    # -- packets of pages as they are
+
+    def _packets(self, normal: Pages, zeros: Pages) -> Iterator[_Job]:
+        if len(normal):
+            places, count = normal * PAGE, -(-len(normal) // _ROOM)
+            heads = self._packer.heads(self._number(count), self._ram.name, places)
+            vector, at = packets(heads, _ROOM, self._ram.host.ctypes.data, places)
+            turn = min(_TURN, -(-count // len(self._outlets)))
+            ends = [*at[turn::turn].tolist(), len(vector)]
+            for first, end in zip(at[::turn].tolist(), ends, strict=True):
+                yield partial(self._put, vector[first:end], heads)
+            self._progress.normal += len(normal)
+        if len(zeros):
+            yield partial(self._put_zeros, zeros)
+            self._progress.duplicate += len(zeros)
+
+    def _put(self, vector: Vector, _heads: NDArray[np.uint8], outlet: _Outlet) -> int:
+        """Send packets; their heads have to live until then."""
+        return outlet.channel.send_vector(vector)
+
+    def _put_zeros(self, zeros: Pages, outlet: _Outlet) -> int:
+        parts: list[Any] = []
+        for at in range(0, len(zeros), _ROOM):
+            some = zeros[at : at + _ROOM] * PAGE
+            parts += self._packer.pages(self._number(1), self._ram.name, [], [], some)
+        return outlet.channel.send(parts)
+
+    # -- packets that a channel makes for itself
+
+    def _pack(self, pages: Pages, present: NDArray[np.bool_] | None, outlet: _Outlet) -> int:
+        """Send a batch, compressed or without a copy."""
         normal, zeros = split_zeros(self._ram, pages, present)
+        channel, packer, zero_copy = outlet
         before = channel.sent
         parts: list[Any] = []
-        for some, empty in _split(normal * PAGE, zeros * PAGE, packer.room):
-            with self._counting:
-                self._numbers += 1
-                number = self._numbers
+        for some, empty in _split(normal * PAGE, zeros * PAGE):
             data = runs(self._ram.bytes, some, PAGE)
-            packet = packer.pages(number, self._ram.name, some, data, empty)
+            packet = packer.pages(self._number(1), self._ram.name, some, data, empty)
             if zero_copy is None:
                 parts += packet
                 continue
@@ -230,24 +225,20 @@ class MultifdSender:
                 zero_copy.send(packet[1:])
         if parts:
             channel.send(parts)
-        count = channel.sent - before
-        self._pace.spend(count)
         with self._counting:
-            self._sent += count
             progress = self._progress
             progress.normal += len(normal)
             progress.duplicate += len(zeros)
-            progress.transferred += count
-            progress.multifd_bytes += count
             if zero_copy is not None:
                 progress.copied += zero_copy.missed
                 zero_copy.missed = 0
+        return channel.sent - before
 
 
-def _split(normal: Pages, zeros: Pages, room: int) -> Iterator[tuple[Pages, Pages]]:
+def _split(normal: Pages, zeros: Pages) -> Iterator[tuple[Pages, Pages]]:
     """Yield what goes into each packet of a batch: some of the one and some of the other."""
     while len(normal) or len(zeros):
-        some, normal = normal[:room], normal[room:]
-        left = room - len(some)
+        some, normal = normal[:_ROOM], normal[_ROOM:]
+        left = _ROOM - len(some)
         empty, zeros = zeros[:left], zeros[left:]
         yield some, empty

@@ -1,7 +1,10 @@
 """sendmsg() of many buffers that are given as an array: no object of Python's for each page.
 
-So pages go out of the RAM where they are, each behind its head, and the interpreter's lock
-is free until the kernel has taken all of them.
+So pages go out of the RAM where they are, each behind its head or in a run behind a packet's,
+and the interpreter's lock is free until the kernel has taken all of them.
+
+The array is one of struct iovec: addresses and sizes, ``uint64``.  What is at these addresses
+has to live until it is sent.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from numpy.typing import NDArray
 from qmigd.guests.memory.kernel import libc
 from qmigd.guests.memory.ram import PAGE, Pages
 
-__all__ = ["MOST", "Vector", "behind"]
+__all__ = ["IOV_MAX", "Records", "Vector", "behind", "packets", "send"]
 
-#: Pages with a head each that one call takes: half of IOV_MAX (linux/uio.h).
-MOST: Final = 512
+#: Buffers that one call takes: UIO_MAXIOV (linux/uio.h).
+IOV_MAX: Final = 1024
+
+#: Addresses and sizes of buffers.
+Vector = NDArray[np.uint64]
 
 libc.sendmsg.restype = ctypes.c_ssize_t
 libc.sendmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
@@ -41,42 +47,79 @@ class _MsgHdr(ctypes.Structure):
     )
 
 
-class Vector:
-    """Heads of 8 bytes, and pages, by turns."""
+class Records:
+    """Heads of 8 bytes, and pages, by turns: as many as one call takes.
+
+    :ivar MOST: pages.
+    """
+
+    MOST: Final = IOV_MAX // 2
 
     def __init__(self) -> None:
-        self._heads = np.empty(MOST, ">u8")
-        self._iov = np.empty((2 * MOST, 2), np.uint64)  # struct iovec: where, and how long
-        self._iov[0::2, 0] = self._heads.ctypes.data + 8 * np.arange(MOST, dtype=np.uint64)
+        self._heads = np.empty(self.MOST, ">u8")
+        self._iov = np.empty((IOV_MAX, 2), np.uint64)
+        self._iov[0::2, 0] = self._heads.ctypes.data + 8 * np.arange(self.MOST, dtype=np.uint64)
         self._iov[0::2, 1] = 8
         self._iov[1::2, 1] = PAGE
 
-    def send(self, sock: socket.socket, heads: NDArray[np.uint64], ram: int, places: Pages) -> int:
-        """Send up to :data:`MOST` pages, and return how many bytes that were.
+    def vector(self, heads: NDArray[np.uint64], ram: int, places: Pages) -> Vector:
+        """Return where these are, until the next call.
 
-        :param sock: one that blocks.
         :param heads: what goes in front of each page, ``>u8``.
         :param ram: the address of the RAM.
         :param places: of the pages in it, bytes.
-        :raises OSError: the connection broke.
         """
         count = len(heads)
-        if not count:
-            return 0
         self._heads[:count] = heads
         self._iov[1 : 2 * count : 2, 0] = np.uint64(ram) + places.astype(np.uint64)
-        iov = self.buffers(count)
-        sent, wanted = _send(sock.fileno(), iov), count * (8 + PAGE)
-        while sent < wanted:
-            sent += _send(sock.fileno(), behind(iov, sent))
-        return wanted
-
-    def buffers(self, count: int) -> NDArray[np.uint64]:
-        """Return where the last heads and pages are, ``count`` of them: addresses and sizes."""
         return self._iov[: 2 * count]
 
 
-def _send(descriptor: int, iov: NDArray[np.uint64]) -> int:
+def packets(
+    heads: NDArray[np.uint8], room: int, ram: int, places: Pages
+) -> tuple[Vector, NDArray[np.int64]]:
+    """Return where heads of packets are, and the pages behind each, neighbours in one; and at
+    which of these buffers each packet begins.
+
+    :param heads: a head in each row (:meth:`qmigd.stream.multifd.Packer.heads`).
+    :param room: pages behind each but the last.
+    :param ram: the address of the RAM.
+    :param places: of the pages in it, bytes.
+    """
+    begins = np.ones(len(places), np.bool_)
+    np.not_equal(places[1:], places[:-1] + PAGE, out=begins[1:])
+    begins[::room] = True
+    firsts = np.flatnonzero(begins)
+    numbers = np.arange(len(heads))
+    # In front of each run are those before it, and a head for each packet up to its own.
+    at = np.arange(len(firsts)) + firsts // room + 1
+    iov = np.empty((len(firsts) + len(heads), 2), np.uint64)
+    iov[at, 0] = places[firsts] + ram
+    iov[at, 1] = np.diff(firsts, append=len(places)) * PAGE
+    at = np.searchsorted(firsts, numbers * room) + numbers
+    iov[at, 0] = heads.ctypes.data + heads.shape[1] * numbers
+    iov[at, 1] = heads.shape[1]
+    return iov, at
+
+
+def send(sock: socket.socket, iov: Vector) -> int:
+    """Send it all, and return how many bytes that were.
+
+    :param sock: one that blocks.
+    :raises OSError: the connection broke.
+    """
+    total = 0
+    for at in range(0, len(iov), IOV_MAX):
+        some = iov[at : at + IOV_MAX]
+        wanted = int(some[:, 1].sum())
+        sent = _send(sock.fileno(), some)
+        while sent < wanted:
+            sent += _send(sock.fileno(), behind(some, sent))
+        total += wanted
+    return total
+
+
+def _send(descriptor: int, iov: Vector) -> int:
     message = _MsgHdr(iov=iov.ctypes.data, iovlen=len(iov))
     while True:
         count = int(libc.sendmsg(descriptor, ctypes.byref(message), socket.MSG_NOSIGNAL))
@@ -87,7 +130,7 @@ def _send(descriptor: int, iov: NDArray[np.uint64]) -> int:
             raise OSError(number, os.strerror(number))
 
 
-def behind(iov: NDArray[np.uint64], sent: int) -> NDArray[np.uint64]:
+def behind(iov: Vector, sent: int) -> Vector:
     """Return the buffers that are left when so many bytes of them are sent."""
     ends = np.cumsum(iov[:, 1])
     first = int(np.searchsorted(ends, np.uint64(sent), side="right"))

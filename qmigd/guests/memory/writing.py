@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RdmaSender"]
 
+#: Pages that are looked at, and posted, one after the other.
+_BATCH = 512
 #: Requests that are posted together; as many again may be under way.
 _TOGETHER = DEPTH // 2
 #: Seconds that an answer may take: the destination may still have to load what came before.
@@ -81,6 +83,9 @@ class RdmaSender:
         self._under_way: deque[tuple[int, int]] = deque()  # a mark, and how many requests it ends
         self._rounds = 0
         self._sent, self._busy = 0, 0.0  # bytes of this pass, and seconds for them
+
+    def batch(self, left: int) -> int:
+        return _BATCH
 
     def send(self, pages: Pages, present: NDArray[np.bool_] | None) -> None:
         self._pace.wait(self._interrupted)
