@@ -390,7 +390,9 @@ class RefusalTests(FileCase):
         """QEMU 7.2 has no mapped RAM; and another guest is told before any RAM is read."""
         pair = self.files("7.2")
         pair.destination.close()
-        self.refused(pair, "save", "mapped-ram needs a QEMU", "format stream", format="mapped-ram")
+        self.refused(
+            pair, "save", "guest vm has no mapped-ram", "format stream", format="mapped-ram"
+        )
         self.done(pair, "save")
         pair.destination = self.waiting_guest("7.2", memory=48, machine="pc-i440fx-7.1").start()
         pair.there.config["guest"][NAME] = {"qmp": f"unix:{pair.destination.qmp_path}"}
@@ -403,7 +405,7 @@ class RefusalTests(FileCase):
         """QEMU 7.2 reads no mapped RAM, and ends with a stream that it cannot load."""
         pair = self.files("10.0", "7.2")
         self.done(pair, "save", after="continue")
-        self.failed(pair, "restore", "mapped-ram needs a QEMU", "newer QEMU")
+        self.failed(pair, "restore", "guest vm has no mapped-ram", "into a newer one")
         self.assertEqual(pair.destination.status(), "inmigrate")
         self.done(pair, "save", format="zstd", checksum=False, replace=True)
         data = bytearray(Path(self.path).read_bytes())
