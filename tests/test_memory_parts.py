@@ -233,7 +233,13 @@ class VectorTests(RamCase):
         rest = b"".join(ctypes.string_at(int(at), int(size)) for at, size in left)
         self.assertEqual(wanted[sent:], rest)
 
-    @given(st.lists(st.integers(0, 63), min_size=1, max_size=20), st.integers(1, 6))
+    @given(
+        st.one_of(
+            st.sets(st.integers(0, 63), min_size=1, max_size=20).map(sorted),
+            st.builds(range, st.integers(0, 30), st.integers(31, 64)).map(list),
+        ),
+        st.integers(1, 6),
+    )
     def test_packets(self, pages: list[int], room: int) -> None:
         """Each packet's pages are behind its head."""
         self.ram.host[:] = np.arange(64, dtype=np.uint8)[:, None]

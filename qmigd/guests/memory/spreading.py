@@ -177,7 +177,8 @@ class MultifdSender:
                 self._failure = error if isinstance(error, Lost) else Lost(str(error))
             with self._state:
                 self._waiting -= 1
-                self._state.notify_all()
+                if self._waiting in (0, len(self._outlets)) or self._failure:
+                    self._state.notify_all()
 
     # -- packets of pages as they are
 

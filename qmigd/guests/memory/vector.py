@@ -84,13 +84,22 @@ def packets(
     :param heads: a head in each row (:meth:`qmigd.stream.multifd.Packer.heads`).
     :param room: pages behind each but the last.
     :param ram: the address of the RAM.
-    :param places: of the pages in it, bytes.
+    :param places: of the pages in it, bytes; from the first to the last, each once.
     """
+    numbers = np.arange(len(heads))
+    if places[-1] - places[0] == (len(places) - 1) * PAGE:
+        # They are all neighbours, as in most of a first pass.
+        iov = np.empty((2 * len(heads), 2), np.uint64)
+        iov[0::2, 0] = heads.ctypes.data + heads.shape[1] * numbers
+        iov[0::2, 1] = heads.shape[1]
+        iov[1::2, 0] = places[::room] + ram
+        iov[1:-2:2, 1] = room * PAGE
+        iov[-1, 1] = (len(places) - room * (len(heads) - 1)) * PAGE
+        return iov, 2 * numbers
     begins = np.ones(len(places), np.bool_)
     np.not_equal(places[1:], places[:-1] + PAGE, out=begins[1:])
     begins[::room] = True
     firsts = np.flatnonzero(begins)
-    numbers = np.arange(len(heads))
     # In front of each run are those before it, and a head for each packet up to its own.
     at = np.arange(len(firsts)) + firsts // room + 1
     iov = np.empty((len(firsts) + len(heads), 2), np.uint64)
