@@ -27,6 +27,7 @@ from qmigd.guests.memory.gathering import Gathering
 from qmigd.guests.memory.machine import Machine
 from qmigd.guests.memory.options import MemoryOptions, from_table, parse
 from qmigd.guests.memory.ram import PAGE, Ram, runs
+from qmigd.guests.memory.spreading import ahead
 from qmigd.guests.memory.vector import Records, behind, packets, send
 from qmigd.stream.multifd import Packer
 
@@ -253,6 +254,16 @@ class VectorTests(RamCase):
             self.assertEqual(head.tobytes(), found[first])
             wanted = b"".join(bytes([page]) * PAGE for page in some)
             self.assertEqual(wanted, b"".join(found[first + 1 : end]))
+
+
+class AheadTests(SynchronousTestCase):
+    def test_ahead(self) -> None:
+        """No more is made ready than what goes out soon, so that a slow link can be given up."""
+        self.assertEqual(512, ahead(0, 1.0))
+        self.assertEqual(512, ahead(1 << 20, 1.0))
+        for rate in (125_000_000, 1 << 30):
+            self.assertAlmostEqual(0.02, ahead(rate * 3, 3.0) * PAGE / rate, 3)
+        self.assertEqual(8192, ahead(4 << 30, 1.0))
 
 
 class IncomingTests(SynchronousTestCase):

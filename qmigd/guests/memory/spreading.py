@@ -29,13 +29,15 @@ from qmigd.guests.memory.vector import Vector, packets
 from qmigd.stream.multifd import PACKET_SIZE, Packer, runs
 from qmigd.stream.records import MULTIFD_FLUSH
 
-__all__ = ["MultifdSender"]
+__all__ = ["MultifdSender", "ahead"]
 
 #: Pages that packets are made for at once at the most: what Python does for them is to take
 #: little time beside the sending.
 _MANY = 8192
-#: The same where each channel makes its own.
+#: The same where each channel makes its own, and as long as one does not know how fast it goes.
 _SOME = 512
+#: Seconds that they may take: so long it takes at the least until something else is done.
+_AHEAD = 0.02
 #: Packets that a channel takes at once at the most.
 _TURN = 8
 #: Pages in a packet.
@@ -110,7 +112,7 @@ class MultifdSender:
 
     def batch(self, left: int) -> int:
         if self._plain:
-            return _MANY
+            return ahead(self._sent, time.monotonic() - self._begun)
         # The last ones go over all channels too.
         return min(_SOME, max(_ROOM, left // len(self._outlets)))
 
@@ -234,6 +236,16 @@ class MultifdSender:
                 progress.copied += zero_copy.missed
                 zero_copy.missed = 0
         return channel.sent - before
+
+
+def ahead(sent: int, seconds: float) -> int:
+    """Return how many pages it is worth to make packets for, when so much went out so far.
+
+    :param sent: bytes.
+    """
+    if not sent or seconds <= 0:
+        return _SOME
+    return max(_SOME, min(_MANY, int(sent / seconds * _AHEAD) // PAGE))
 
 
 def _split(normal: Pages, zeros: Pages) -> Iterator[tuple[Pages, Pages]]:
