@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 TESTS ?= tests
-TRIALS ?= 1
+TRIALS ?= $(if $(filter 1,$(shell nproc)),1,2)
 SECONDS ?= 600
 
 VENV := .venv
@@ -19,7 +19,7 @@ help:
 	@echo "make demo   move a real QEMU guest between two daemons, there and back, and show how;"
 	@echo "            GUEST=memory moves qmigd's own guest, which takes no QEMU"
 	@echo "make test   run all tests; TESTS=tests.test_rig for some of them;"
-	@echo "            TRIALS=2 for all of them in two processes at once, in less time"
+	@echo "            TRIALS=1 for all of them in one process, where two at once are too much"
 	@echo "make test-kernel  only those that boot a kernel with everything; KERNEL=bookworm-backports,"
 	@echo "            or any other suite of Debian's, chooses which (now: $(or $(KERNEL),bookworm))"
 	@echo "make lint   check style (ruff) and types (mypy)"

@@ -27,7 +27,6 @@ __all__ = ["SECOND", "first", "run"]
 SECOND = (
     "tests.kernel",
     "tests.test_rig_lane",
-    "tests.test_faults_postcopy",
     "tests.test_faults_precopy",
 )
 
