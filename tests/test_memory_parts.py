@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from twisted.trial.unittest import SynchronousTestCase
 
 from qmigd.errors import ArgumentError
-from qmigd.guests.memory.channels import Channel
+from qmigd.guests.memory.channels import Channel, Lost
 from qmigd.guests.memory.contents import PATTERNS, Pattern, fill, first_wrong
 from qmigd.guests.memory.devices import State
 from qmigd.guests.memory.dirty import LogTracker, PagemapTracker, Tracker
@@ -172,21 +172,28 @@ class HoleTests(RamCase):
 
 
 class GatheringTests(SynchronousTestCase):
+    def gather(
+        self, *argv: str, **parameters: Any
+    ) -> tuple[Machine, Gathering, NDArray[np.bool_], Channel]:
+        """A machine, what takes its pages, which of them have come, and the channel for them."""
+        start = parse(["-m", "1M", "-incoming", "defer", "-qmp", "unix:none", *argv])
+        machine = Machine(start, lambda *_: None, lambda: None)
+        self.addCleanup(machine.close)
+        machine.settings.switch([{"capability": "multifd", "state": True}])
+        machine.settings.change({"multifd-channels": 1, **parameters})
+        received = np.zeros(machine.ram.pages, np.bool_)
+        gathering = Gathering(machine, received)
+        self.addCleanup(gathering.close)
+        ours, theirs = map(Channel, socket.socketpair())
+        self.addCleanup(ours.close)
+        gathering.take(theirs, 0)
+        return machine, gathering, received, ours
+
     def test_received(self) -> None:
         """What multifd channels bring is in the RAM and known to have come, zero pages as well."""
         for more in ([], ["-mem-prealloc"]):
-            start = parse(["-m", "1M", "-incoming", "defer", "-qmp", "unix:none", *more])
-            machine = Machine(start, lambda *_: None, lambda: None)
-            self.addCleanup(machine.close)
-            machine.settings.switch([{"capability": "multifd", "state": True}])
-            machine.settings.change({"multifd-channels": 1})
+            machine, gathering, received, ours = self.gather(*more)
             machine.ram.host[:] = 1
-            received = np.zeros(machine.ram.pages, np.bool_)
-            gathering = Gathering(machine, received)
-            self.addCleanup(gathering.close)
-            ours, theirs = map(Channel, socket.socketpair())
-            self.addCleanup(ours.close)
-            gathering.take(theirs, 0)
             packer = Packer(page_size=PAGE)
             for pages in ([2, 3, 4, 7, 8], list(range(10, 110, 5))):  # few runs, and many
                 places = np.array(pages) * PAGE
@@ -207,6 +214,15 @@ class GatheringTests(SynchronousTestCase):
             self.assertEqual(known, np.flatnonzero(received).tolist())
             for value, pages in ((9, filled), (0, [5]), (1, [6, 9, 251])):
                 self.assertEqual({value}, set(machine.ram.host[pages].reshape(-1).tolist()))
+
+    def test_not_compressed(self) -> None:
+        """Pages that are not compressed as agreed are refused, a full packet of them as well."""
+        for count in (127, 128):
+            _, gathering, _, ours = self.gather("-mem-prealloc", **{"multifd-compression": "zlib"})
+            packer, places = Packer(page_size=PAGE), np.arange(count) * PAGE
+            ours.send([packer.pages(1, "ram", places, [bytes(count * PAGE)])[0], packer.sync(2)])
+            with self.assertRaisesRegex(Lost, "compressed by none, not zlib"):
+                gathering.meet()
 
 
 class VectorTests(RamCase):

@@ -132,10 +132,11 @@ class Gathering:
         # That of a device's state, which would be refused, is shorter.
         head = memoryview(bytearray(multifd.page_packet_size(PAGE)))
         space = np.empty((multifd.PACKET_SIZE // PAGE, PAGE), np.uint8)
+        plain = unpack is None and self._ram.allocated
         full = multifd.FullPackets(head, PAGE, self._ram.name, self._ram.size)
         yield [head]
         while True:
-            if self._ram.allocated and (first := full.first()) is not None:
+            if plain and (first := full.first()) is not None:
                 yield [self._ram.bytes[first : first + full.size], head]
                 self._note([(first // PAGE, (first + full.size) // PAGE)])
                 continue
