@@ -130,7 +130,7 @@ class Packer:
     def _head(
         self, flags: int, number: int, room: int, normal: int, zero: int, size: int, block: str
     ) -> bytearray:
-        head = bytearray(PAGES.size + 8 * self.room)
+        head = bytearray(self._differs.itemsize)
         PAGES.pack_into(
             head,
             0,

@@ -21,7 +21,7 @@ from qmigd.guests.memory.vector import IOV_MAX, Vector, send
 from qmigd.transports.mptcp import IPPROTO_MPTCP
 from qmigd.transports.uri import TcpAddress, UnixAddress, VsockAddress, parse_uri
 
-__all__ = ["Channel", "Lost", "Pace", "Rate", "by_rdma", "check", "connect", "listen"]
+__all__ = ["Channel", "Lost", "Pace", "Rate", "by_rdma", "check", "connect", "listen", "strip"]
 
 #: What a URI begins with where pages go by RDMA and all else over TCP.
 _RDMA = "rdma:"
@@ -227,10 +227,7 @@ class Channel:
                     if len(left) == 1 and len(left[0]) == len(into[-1]):
                         return False
                     raise Lost("the other side closed the connection")
-                while left and count >= len(left[0]):
-                    count -= len(left.pop(0))
-                if count:
-                    left[0] = left[0][count:]
+                strip(left, count)
         except OSError as error:
             raise Lost(error.strerror or str(error)) from None
         return True
@@ -242,7 +239,7 @@ class Channel:
         :raises Lost: the connection broke, or ended.
         """
         try:
-            count = taken = self.sock.recvmsg_into(left, 0, socket.MSG_DONTWAIT)[0]
+            count = self.sock.recvmsg_into(left, 0, socket.MSG_DONTWAIT)[0]
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -250,11 +247,8 @@ class Channel:
         if not count:
             raise Lost("it ended before the stream did")
         self.received += count
-        while left and count >= len(left[0]):
-            count -= len(left.pop(0))
-        if count:
-            left[0] = left[0][count:]
-        return taken
+        strip(left, count)
+        return count
 
     def expect(self, count: int) -> None:
         """Have poll() say that something has come only when it is so many bytes, or the end."""
@@ -295,6 +289,14 @@ class Channel:
         self.closed = True
         self.shut()
         self.sock.close()
+
+
+def strip(left: list[memoryview], count: int) -> None:
+    """Take so many bytes off the beginning of a list of buffers."""
+    while left and count >= len(left[0]):
+        count -= len(left.pop(0))
+    if count:
+        left[0] = left[0][count:]
 
 
 def _size(buffer: Any) -> int:

@@ -42,7 +42,7 @@ class Gathering:
         self._ram = machine.ram
         self._received = received
         self._servers: list[Server] = []
-        self._inlets: list[tuple[Inlet, Server]] = []
+        self._taken = 0  # channels
         self._state = threading.Condition()
         self._arrived = 0  # channels that wait at their SYNC
         self._closed = False
@@ -55,13 +55,11 @@ class Gathering:
             if self._closed:
                 channel.close()
                 return
-            number = len(self._inlets)
             most = self._most()
-            if number < most:
-                self._servers.append(Server(f"memory-multifd-{number}", self._look))
-            server = self._servers[number % most]
-            self._inlets.append((inlet, server))
-            server.watch(inlet)
+            if self._taken < most:
+                self._servers.append(Server(f"memory-multifd-{self._taken}", self._look))
+            self._servers[self._taken % most].watch(inlet)
+            self._taken += 1
 
     def _most(self) -> int:
         """Return how many threads are of use: to decompress pages one for each CPU, and to take
@@ -90,9 +88,8 @@ class Gathering:
             self._arrived = 0
             if self._closed:
                 return
-            for inlet, server in self._inlets:
-                inlet.step()
-                server.watch(inlet)
+            for server in self._servers:
+                server.step()
 
     def close(self) -> None:
         """End the threads."""
@@ -104,7 +101,7 @@ class Gathering:
             for server in self._servers:
                 server.close()
 
-    def _look(self, inlet: Inlet) -> None:
+    def _look(self, server: Server, inlet: Inlet) -> None:
         """Take what a channel has brought."""
         failure = ""
         try:
@@ -113,7 +110,6 @@ class Gathering:
         except (Lost, StreamError, OSError, ValueError) as error:
             failure = f"multifd channel {inlet.index}: {error}"
             inlet.channel.shut()
-        server = next(server for one, server in self._inlets if one is inlet)
         server.leave(inlet)
         with self._state:
             if failure:

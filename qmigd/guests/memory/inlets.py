@@ -66,8 +66,8 @@ class Inlet:
 class Server:
     """A thread that looks at connections when they bring something."""
 
-    def __init__(self, name: str, look: Callable[[Inlet], None]) -> None:
-        """:param look: called in the thread with what has brought something."""
+    def __init__(self, name: str, look: Callable[[Server, Inlet], None]) -> None:
+        """:param look: called in the thread with this, and what has brought something."""
         self._look = look
         self._inlets: dict[int, Inlet] = {}
         self._closed = False
@@ -80,6 +80,12 @@ class Server:
         """Look at it from now on."""
         self._inlets[inlet.descriptor] = inlet
         self._poll.register(inlet.descriptor, select.EPOLLIN)
+
+    def step(self) -> None:
+        """Look at all again, which were left alone: they go on with what is to be filled next."""
+        for inlet in list(self._inlets.values()):
+            inlet.step()
+            self.watch(inlet)
 
     def leave(self, inlet: Inlet) -> None:
         """Leave it alone."""
@@ -97,7 +103,7 @@ class Server:
         while not self._closed:
             for descriptor, _ in self._poll.poll():
                 if descriptor != self._over:
-                    self._look(self._inlets[descriptor])
+                    self._look(self, self._inlets[descriptor])
         for inlet in self._inlets.values():
             inlet.channel.close()
         self._poll.close()

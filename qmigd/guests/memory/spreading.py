@@ -92,7 +92,6 @@ class MultifdSender:
         level = settings["multifd-zlib-level"]
         if compression == "zstd":
             level = settings["multifd-zstd-level"]
-        self._packer = Packer(page_size=PAGE)
         self._outlets = [
             _Outlet(
                 channel,
@@ -187,33 +186,29 @@ class MultifdSender:
     def _packets(self, normal: Pages, zeros: Pages) -> Iterator[_Job]:
         if len(normal):
             places, count = normal * PAGE, -(-len(normal) // _ROOM)
-            heads = self._packer.heads(self._number(count), self._ram.name, places)
+            heads = self._outlets[0].packer.heads(self._number(count), self._ram.name, places)
             vector, at = packets(heads, _ROOM, self._ram.host.ctypes.data, places)
             turn = min(_TURN, -(-count // len(self._outlets)))
             ends = [*at[turn::turn].tolist(), len(vector)]
             for first, end in zip(at[::turn].tolist(), ends, strict=True):
                 yield partial(self._put, vector[first:end], heads)
-            self._progress.normal += len(normal)
+            with self._counting:
+                self._progress.normal += len(normal)
         if len(zeros):
-            yield partial(self._put_zeros, zeros)
-            self._progress.duplicate += len(zeros)
+            yield partial(self._write, normal[:0], zeros)
 
     def _put(self, vector: Vector, _heads: NDArray[np.uint8], outlet: _Outlet) -> int:
         """Send packets; their heads have to live until then."""
         return outlet.channel.send_vector(vector)
 
-    def _put_zeros(self, zeros: Pages, outlet: _Outlet) -> int:
-        parts: list[Any] = []
-        for at in range(0, len(zeros), _ROOM):
-            some = zeros[at : at + _ROOM] * PAGE
-            parts += self._packer.pages(self._number(1), self._ram.name, [], [], some)
-        return outlet.channel.send(parts)
-
     # -- packets that a channel makes for itself
 
     def _pack(self, pages: Pages, present: NDArray[np.bool_] | None, outlet: _Outlet) -> int:
         """Send a batch, compressed or without a copy."""
-        normal, zeros = split_zeros(self._ram, pages, present)
+        return self._write(*split_zeros(self._ram, pages, present), outlet)
+
+    def _write(self, normal: Pages, zeros: Pages, outlet: _Outlet) -> int:
+        """Send packets of pages that have been looked at."""
         channel, packer, zero_copy = outlet
         before = channel.sent
         parts: list[Any] = []

@@ -11,7 +11,7 @@ import select
 from collections.abc import Sequence
 from typing import Any
 
-from qmigd.guests.memory.channels import Channel, Lost
+from qmigd.guests.memory.channels import Channel, Lost, strip
 from qmigd.transports.zero_copy import MSG_ZEROCOPY, completions, enable
 
 __all__ = ["ZeroCopy"]
@@ -58,10 +58,7 @@ class ZeroCopy:
                 return
             self._channel.sent += count
             self._begun += 1
-            while left and count >= len(left[0]):
-                count -= len(left.pop(0))
-            if count:
-                left[0] = left[0][count:]
+            strip(left, count)
         self._reap(wait=False)
 
     def settle(self) -> None:
